@@ -1,0 +1,27 @@
+"""bnjax: what batch normalization does to initialization."""
+
+from bnjax import batch_norm, data, initializers
+from bnjax.models.mlp import mlp
+from bnjax.sweeps.run import sweep
+from bnjax.sweeps.store import load as load_results
+from bnjax.sweeps.store import save as save_results
+from bnjax.training import TrainConfig, make_train
+from bnjax.types import BatchNormParams, BatchStats, Dataset, History, Hyperparams, Model
+
+__all__ = [
+    "BatchNormParams",
+    "BatchStats",
+    "Dataset",
+    "History",
+    "Hyperparams",
+    "Model",
+    "TrainConfig",
+    "batch_norm",
+    "data",
+    "initializers",
+    "load_results",
+    "make_train",
+    "mlp",
+    "save_results",
+    "sweep",
+]

@@ -1,0 +1,165 @@
+"""Multilayer perceptrons, with batch normalization or without.
+
+Layer i of L hidden ones, as `norm_position="before_activation"` has it:
+
+    preactivation_i = x_i W_i (+ b_i)       norm_i = BN(preactivation_i)       x_{i+1} = phi(norm_i)
+
+With `"after_activation"` it is x_{i+1} = BN(phi(preactivation_i)). The output layer is x W + b, without a
+norm. `params` is `{"hidden_0": {"kernel", "bias"?, "norm"?}, ..., "output": {"kernel", "bias"}}`, and
+`batch_stats` is `{"hidden_0": {"norm"}, ...}`. The kernels are the same draw for the same key, whatever
+the norm. Frozen kernels stand in `batch_stats`, among what no optimizer touches.
+"""
+
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+
+from bnjax import batch_norm, initializers
+from bnjax.choices import check, choose
+from bnjax.types import Model
+
+ACTIVATIONS = MappingProxyType(
+    {
+        "relu": jax.nn.relu,
+        "sigmoid": jax.nn.sigmoid,
+        "tanh": jnp.tanh,
+        "gelu": jax.nn.gelu,
+        "linear": lambda x: x,
+    }
+)
+NORMS = ("batch", "none")
+NORM_POSITIONS = ("before_activation", "after_activation")
+SCALED_LAYERS = ("hidden", "all")
+
+
+def mlp(
+    features: tuple[int, ...] = (128, 128, 128),
+    num_outputs: int = 10,
+    activation: str = "relu",
+    norm: str = "batch",
+    norm_position: str = "before_activation",
+    initializer: str = "he_normal",
+    *,
+    epsilon: float = 1e-5,
+    momentum: float | None = 0.9,
+    scaled_layers: str = "hidden",
+    freeze_hidden: bool = False,
+    use_bias: bool | None = None,
+) -> Model:
+    """A multilayer perceptron.
+
+    Args:
+      features: widths of the hidden layers; () gives a linear classifier.
+      num_outputs: K, the number of classes.
+      activation: of the hidden layers: relu, sigmoid, tanh, gelu or linear.
+      norm: of the hidden layers: "batch" or "none".
+      norm_position: "before_activation" or "after_activation".
+      initializer: of all kernels, by name (`bnjax.initializers`).
+      epsilon: batch normalization's, inside the square root.
+      momentum: batch normalization's weight of the old running statistics.
+      scaled_layers: which kernels `init_scale` multiplies: "hidden", or "all" for the output layer's too.
+      freeze_hidden: keep the hidden kernels at their initial draw. Biases, batch normalization's scale
+        and bias, and the output layer still learn.
+      use_bias: of the hidden layers. None: only where no norm follows directly, which would cancel it.
+
+    Returns:
+      `Model`; its `init` takes any input shape, its `apply` flattens each example. The names that its
+      `layers` shows are `hidden_i/preactivation`, `hidden_i/norm`, `hidden_i/activation` and `output`.
+
+    Raises:
+      ValueError: for an unknown name or a value out of range.
+    """
+    features = tuple(features)
+    if any(width < 1 for width in features):
+        raise ValueError(f"features must be positive widths, got {features}")
+    if num_outputs < 1:
+        raise ValueError(f"num_outputs must be at least 1, got {num_outputs}")
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon must be >= 0, got {epsilon}")
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum (of the running statistics) must be None or in [0, 1], got {momentum}")
+    phi = choose("activation", activation, ACTIVATIONS)
+    draw = choose("initializer", initializer, initializers.INITIALIZERS)
+    check("norm", norm, NORMS)
+    check("norm_position", norm_position, NORM_POSITIONS)
+    check("scaled_layers", scaled_layers, SCALED_LAYERS)
+    if use_bias is None:
+        use_bias = norm == "none" or norm_position == "after_activation"
+    hidden = tuple(f"hidden_{i}" for i in range(len(features)))
+
+    def init(key, input_shape, init_scale=1.0):
+        params, batch_stats = {}, {}
+        fan_in = 1
+        for size in input_shape:
+            fan_in *= size
+        for i, (name, width) in enumerate(zip(hidden, features, strict=True)):
+            kernel = draw(jax.random.fold_in(key, i), (fan_in, width), init_scale)
+            params[name], batch_stats[name] = {}, {}
+            (batch_stats if freeze_hidden else params)[name]["kernel"] = kernel
+            if use_bias:
+                params[name]["bias"] = jnp.zeros(width)
+            if norm == "batch":
+                params[name]["norm"], batch_stats[name]["norm"] = batch_norm.init(width)
+            fan_in = width
+        output_scale = init_scale if scaled_layers == "all" else 1.0
+        kernel = draw(jax.random.fold_in(key, len(features)), (fan_in, num_outputs), output_scale)
+        params["output"] = {"kernel": kernel, "bias": jnp.zeros(num_outputs)}
+        return params, batch_stats
+
+    def forward(params, batch_stats, x, offsets, train):
+        shown, new_stats = {}, {}
+
+        def show(name, value):
+            shown[name] = value + offsets[name] if name in offsets else value
+            return shown[name]
+
+        x = x.reshape(len(x), -1)
+        for name in hidden:
+            weights, stats = params[name], batch_stats[name]
+            new_stats[name] = dict(stats)
+
+            def normalize(x, name=name, weights=weights, stats=stats):
+                y, new_stats[name]["norm"] = batch_norm.apply(
+                    weights["norm"], stats["norm"], x, train=train, momentum=momentum, epsilon=epsilon
+                )
+                return show(f"{name}/norm", y)
+
+            x = x @ (stats if freeze_hidden else weights)["kernel"]
+            if use_bias:
+                x = x + weights["bias"]
+            x = show(f"{name}/preactivation", x)
+            if norm == "batch" and norm_position == "before_activation":
+                x = normalize(x)
+            x = show(f"{name}/activation", phi(x))
+            if norm == "batch" and norm_position == "after_activation":
+                x = normalize(x)
+        outputs = show("output", x @ params["output"]["kernel"] + params["output"]["bias"])
+        return outputs, new_stats, shown
+
+    def apply(params, batch_stats, x, *, train):
+        outputs, new_stats, _ = forward(params, batch_stats, x, {}, train)
+        return outputs, new_stats
+
+    def layers(params, batch_stats, x, offsets, *, train):
+        outputs, _, shown = forward(params, batch_stats, x, offsets, train)
+        unknown = set(offsets) - set(shown)
+        if unknown:
+            raise ValueError(f"unknown offsets {sorted(unknown)}; allowed: {', '.join(shown)}")
+        return outputs, shown
+
+    config = {
+        "model": "mlp",
+        "features": list(features),
+        "num_outputs": num_outputs,
+        "activation": activation,
+        "norm": norm,
+        "norm_position": norm_position,
+        "initializer": initializer,
+        "epsilon": epsilon,
+        "momentum": momentum,
+        "scaled_layers": scaled_layers,
+        "freeze_hidden": freeze_hidden,
+        "use_bias": use_bias,
+    }
+    return Model(init, apply, layers, config)

@@ -1,0 +1,86 @@
+"""Figures from labelled results. The only module that imports matplotlib; it needs no display."""
+
+from collections.abc import Collection
+
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+# Okabe & Ito's colours, told apart with any kind of colour vision; each line has a marker of its own too.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+
+
+def robustness(
+    accuracy: xr.DataArray,
+    *,
+    threshold: float,
+    chance: float,
+    baselines: Collection[str] = (),
+    title: str = "",
+) -> Figure:
+    """Final test accuracy against init_scale: per network the median and the spread over seeds.
+
+    Args:
+      accuracy: from `bnjax.sweeps.robustness.final_accuracy`; of several learning rates the best per scale.
+      threshold: fraction of the best median, drawn as a line.
+      chance: the accuracy of guessing, drawn as a line.
+      baselines: the networks drawn dashed.
+      title: above the figure.
+    """
+    best = accuracy.median("seed").fillna(0).argmax("learning_rate")
+    accuracy = 100 * accuracy.isel(learning_rate=best)
+    figure = Figure(figsize=(8, 4.8), layout="constrained", dpi=150)
+    axes = figure.add_subplot(xscale="log")
+    scales = accuracy.init_scale.values
+    for i, name in enumerate(accuracy.model.values):
+        color = COLORS[i % len(COLORS)]
+        runs = accuracy.sel(model=name)
+        axes.fill_between(scales, runs.min("seed"), runs.max("seed"), color=color, alpha=0.18, linewidth=0)
+        axes.plot(
+            scales,
+            runs.median("seed"),
+            color=color,
+            marker=MARKERS[i % len(MARKERS)],
+            markersize=4.5,
+            linestyle="--" if name in baselines else "-",
+            label=str(name),
+        )
+    level = threshold * float(accuracy.median("seed").max())
+    axes.axhline(level, color="0.35", linewidth=1, linestyle=":")
+    axes.annotate(
+        f"{threshold:.0%} of the best",
+        (0.005, level),
+        xycoords=("axes fraction", "data"),
+        fontsize=8,
+        va="bottom",
+        color="0.35",
+    )
+    axes.axhline(100 * chance, color="0.6", linewidth=1, linestyle=":")
+    axes.annotate(
+        "chance",
+        (0.005, 100 * chance),
+        xycoords=("axes fraction", "data"),
+        fontsize=8,
+        va="bottom",
+        color="0.5",
+    )
+    axes.set(
+        xlabel="init_scale (factor of the standard deviation of the initial weights)",
+        ylabel="final test accuracy (%)",
+        ylim=(0, 100),
+        title=title,
+    )
+    if len(scales) > 1:
+        axes.set_xlim(scales[0], scales[-1])
+        decades = np.arange(np.ceil(np.log10(scales[0])), np.floor(np.log10(scales[-1])) + 1)
+        if 2 <= len(decades) <= 17:
+            axes.set_xticks(10.0**decades)
+    axes.grid(alpha=0.25)
+    seeds = accuracy.sizes["seed"]
+    axes.legend(
+        title=f"median and range over {seeds} seeds" if seeds > 1 else "one seed",
+        fontsize=9,
+        title_fontsize=9,
+    )
+    return figure

@@ -1,0 +1,83 @@
+"""The grid of a sweep: labelled axes -> cells, in row-major order."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from bnjax import choices
+from bnjax.types import Hyperparams
+
+# name: (dtype in the compiled program, smallest, largest, whether the smallest is allowed itself)
+_RANGES = {
+    "seed": (np.uint32, 0, 2**32 - 1, True),
+    "init_scale": (np.float32, 0, np.finfo(np.float32).max, False),
+    "learning_rate": (np.float32, 0, np.finfo(np.float32).max, False),
+    "momentum": (np.float32, 0, 1, True),
+    "weight_decay": (np.float32, 0, np.finfo(np.float32).max, True),
+}
+
+
+def check_value(name: str, value: float) -> None:
+    """Raises ValueError unless `value` is allowed for the hyperparameter `name`."""
+    choices.check("axis", name, Hyperparams._fields)
+    dtype, low, high, closed = _RANGES[name]
+    number = np.asarray(value)
+    if number.ndim or number.dtype.kind not in ("iu" if name == "seed" else "iuf"):
+        kind = "whole numbers" if name == "seed" else "numbers"
+        raise ValueError(f"{name} takes {kind}, got {value!r}")
+    with np.errstate(over="ignore", under="ignore"):
+        used = number.astype(np.float64 if name == "seed" else dtype)  # what the program sees
+    if not (np.isfinite(used) and low <= used <= high and (closed or used > low)):
+        raise ValueError(f"{name} must be {'>=' if closed else '>'} {low} and <= {high:.3g}, got {value!r}")
+    if name == "momentum" and used >= 1:
+        raise ValueError(f"momentum (the optimizer's) must be below 1, got {value!r}")
+
+
+def check(axes: Mapping[str, Sequence[float]], hyper: Hyperparams) -> dict[str, np.ndarray]:
+    """The axes as arrays, after checking them and the values of what is not swept.
+
+    Args:
+      axes: {name of a field of `Hyperparams`: its values}, in the order of the result's dimensions.
+      hyper: the values of everything that is not swept.
+
+    Raises:
+      ValueError: for an unknown axis, an axis that is empty or has equal values (in the precision of the
+        compiled program), or a value out of range.
+    """
+    for name, value in hyper._asdict().items():
+        check_value(name, value)
+    result = {}
+    for name, values in axes.items():
+        choices.check("axis", name, Hyperparams._fields)
+        values = list(values)
+        if not values:
+            raise ValueError(f"axis {name} is empty")
+        for value in values:
+            check_value(name, value)
+        used, counts = np.unique(np.asarray(values).astype(_RANGES[name][0]), return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"axis {name} has duplicate values: {', '.join(f'{v:g}' for v in used[counts > 1])}"
+            )
+        result[name] = np.asarray(values, np.int64 if name == "seed" else np.float64)
+    return result
+
+
+def cells(axes: Mapping[str, np.ndarray], hyper: Hyperparams) -> Hyperparams:
+    """One entry per cell, the last axis fastest; what is no axis keeps its value in `hyper`.
+
+    Args:
+      axes: from `check`.
+      hyper: the values of everything that is not swept.
+
+    Returns:
+      `Hyperparams` with an array [cells] in each field.
+    """
+    shape = tuple(len(values) for values in axes.values())
+    mesh = dict(zip(axes, np.meshgrid(*axes.values(), indexing="ij"), strict=True))
+    return Hyperparams(
+        **{
+            name: np.broadcast_to(mesh.get(name, value), shape).reshape(-1).astype(_RANGES[name][0])
+            for name, value in hyper._asdict().items()
+        }
+    )

@@ -1,0 +1,134 @@
+"""MANY training runs: every cell of a grid, in chunks, on all local devices."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import numpy as np
+import xarray as xr
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bnjax.sweeps import grid
+from bnjax.sweeps.plan import Plan, make_plan
+from bnjax.sweeps.progress import Progress
+from bnjax.sweeps.store import circumstances, describe
+from bnjax.training import TrainConfig, check, make_train
+from bnjax.types import Dataset, History, Hyperparams, Model
+
+LONG_NAMES = {
+    "train_loss": "training loss (cross-entropy, nats)",
+    "train_accuracy": "training accuracy (fraction)",
+    "test_loss": "test loss (cross-entropy, nats)",
+    "test_accuracy": "test accuracy (fraction)",
+    "diverged": "whether the run became non-finite",
+    "diverged_step": "first step with a non-finite loss or state; -1: none",
+}
+
+
+def sweep(
+    model: Model | Mapping[str, Model],
+    ds: Dataset,
+    config: TrainConfig,
+    axes: Mapping[str, Sequence[float]],
+    *,
+    hyper: Hyperparams = Hyperparams(),  # noqa: B008 (immutable)
+    width: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    progress: bool = True,
+) -> xr.Dataset:
+    """Trains one network per cell of the grid: one compiled program per model, all local devices.
+
+    A cell's result depends on its own hyperparameters, the data and the configuration; on CPU, for one
+    `width`, bitwise so, whatever the grid, the order, the neighbours or the number of devices. Memory
+    does not grow with the number of cells, but for the results themselves.
+
+    Args:
+      model: a network, or {name: network}; the latter adds the labelled dimension "model".
+      ds: the data, standardized as the networks shall see it.
+      config: what is the same for all cells.
+      axes: {field of `Hyperparams`: values}, in the order of the result's dimensions.
+      hyper: the values of the hyperparameters that are not swept.
+      width: cells vmapped together on one device; default: chosen for network and device.
+      devices: default: all local devices.
+      progress: show cells done, cells diverged and the time left.
+
+    Returns:
+      A labelled data set of dimensions (model,) *axes, and step (the numbers of steps at the evaluations):
+      train_loss, train_accuracy, test_loss, test_accuracy [..., step] and diverged, diverged_step [...].
+      Its attributes hold the configuration and the versions of what made it.
+
+    Raises:
+      ValueError: for axes, hyperparameters, data or a width that are not allowed, before any work.
+    """
+    models = dict(model) if isinstance(model, Mapping) else {"": model}
+    if not models:
+        raise ValueError("model is an empty mapping")
+    coords = grid.check(axes, hyper)
+    cells = grid.cells(coords, hyper)
+    for one in models.values():
+        check(one, ds, config)
+    plans = {name: make_plan(m, ds, width=width, devices=devices) for name, m in models.items()}
+    shape = tuple(len(values) for values in coords.values())
+
+    attributes = describe(models, config, hyper, coords) | circumstances(plans)
+
+    histories = []
+    with Progress(len(models) * len(cells.seed), enabled=progress) as bar:
+        for name, one in models.items():
+            chunks = []
+            for chunk in run_cells(one, ds, config, cells, plans[name]):
+                chunks.append(chunk)
+                bar.advance(name, len(chunk.diverged), int(chunk.diverged.sum()))
+            history = History(*(np.concatenate(field) for field in zip(*chunks, strict=True)))
+            histories.append(History(*(field.reshape(*shape, *field.shape[1:]) for field in history)))
+
+    dims = (*coords, "step")
+    coords["step"] = np.asarray(config.eval_steps)
+    if isinstance(model, Mapping):
+        dims, coords = ("model", *dims), {"model": np.asarray(list(models), object), **coords}
+        result = History(*(np.stack(field) for field in zip(*histories, strict=True)))
+    else:
+        (result,) = histories
+    return xr.Dataset(
+        {
+            name: (dims[: value.ndim], value, {"long_name": LONG_NAMES[name]})
+            for name, value in result._asdict().items()
+        },
+        coords,
+        attributes,
+    )
+
+
+def run_cells(
+    model: Model, ds: Dataset, config: TrainConfig, cells: Hyperparams, plan: Plan
+) -> Iterator[History]:
+    """Trains the cells chunk by chunk.
+
+    Args:
+      model: the network.
+      ds: the data.
+      config: what is the same for all cells.
+      cells: an array [cells] in each field.
+      plan: devices and width. A last chunk that is short is padded to the width and cut again.
+
+    Yields:
+      Histories of numpy arrays [cells in the chunk, ...], in the order of the cells.
+    """
+    mesh = Mesh(np.asarray(plan.devices), ("cells",))
+    split, same = PartitionSpec("cells"), PartitionSpec()
+    # The data is an argument: closed over, it would become part of the program's text.
+    program = jax.jit(
+        jax.shard_map(
+            jax.vmap(make_train(model, config), in_axes=(0, None)),
+            mesh=mesh,
+            in_specs=(split, same),
+            out_specs=split,
+            check_vma=False,  # cells never communicate
+        )
+    )
+    ds = jax.device_put(ds, NamedSharding(mesh, same))
+    total = len(cells.seed)
+    for start in range(0, total, plan.chunk):
+        stop = min(start + plan.chunk, total)
+        indices = np.minimum(np.arange(start, start + plan.chunk), total - 1)
+        chunk = program(jax.tree.map(lambda a, i=indices: a[i], cells), ds)
+        yield jax.tree.map(lambda a, n=stop - start: np.asarray(a)[:n], chunk)

@@ -1,0 +1,239 @@
+"""ONE training run as a pure function of its hyperparameters.
+
+    train = make_train(model, config)       # config: what changes the compiled program
+    history = train(hyper, ds)              # hyper: scalars that may be traced; ds: arrays
+
+`train` draws the initialization, takes `config.steps` optimizer steps on mini-batches in the order of a
+new shuffle each epoch (an incomplete last batch is dropped), and evaluates on the whole test split every
+`config.eval_every` steps, with running statistics. It has no side effects: jit it, vmap it over `hyper`.
+
+A run diverges at the first step whose loss, or whose updated parameters or batch statistics, are not
+finite. It is then frozen at its last finite state, and its history goes on with that state's figures. A
+loss that is not finite even there (an overflow at initialization) is recorded as the largest float32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bnjax import choices
+from bnjax.types import Dataset, History, Hyperparams, Model
+
+LARGEST = float(jnp.finfo(jnp.float32).max)
+TEST_BATCH = 1000  # examples evaluated at once, so that memory does not grow with the test split
+
+
+def _decayed(hyper):
+    """Adds the gradient of `weight_decay / 2 * |W|^2` over weight matrices (biases and BN's scale excluded)."""
+    return optax.add_decayed_weights(hyper.weight_decay, mask=_matrices)
+
+
+def _matrices(params):
+    return jax.tree.map(lambda p: p.ndim >= 2, params)
+
+
+OPTIMIZERS = MappingProxyType(
+    {
+        "sgd": lambda h: optax.chain(_decayed(h), optax.sgd(h.learning_rate, momentum=h.momentum)),
+        "adam": lambda h: optax.chain(_decayed(h), optax.adam(h.learning_rate, b1=h.momentum)),
+        "adamw": lambda h: optax.adamw(
+            h.learning_rate, b1=h.momentum, weight_decay=h.weight_decay, mask=_matrices
+        ),
+        "rmsprop": lambda h: optax.chain(_decayed(h), optax.rmsprop(h.learning_rate, momentum=h.momentum)),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What is the same for every run of a grid, and fixes the compiled program.
+
+    Attributes:
+      steps: number of optimizer steps.
+      batch_size: examples per step, at most the number of training examples.
+      optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop", from optax. Weight decay is added
+        to the gradient, but for adamw, which decouples it. It applies to arrays of rank 2 and above.
+      eval_every: steps between evaluations; None: only after the last step. There is always one there.
+      data_seed: draws the order of the data, shared by all runs.
+
+    Raises:
+      ValueError: when made with an unknown optimizer or a number that is not positive.
+    """
+
+    steps: int = 300
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    eval_every: int | None = None
+    data_seed: int = 0
+
+    def __post_init__(self):
+        choices.check("optimizer", self.optimizer, OPTIMIZERS)
+        for name in ("steps", "batch_size", "eval_every"):
+            value = getattr(self, name)
+            if value is None and name == "eval_every":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(self.data_seed, int) or not 0 <= self.data_seed < 2**32:
+            raise ValueError(f"data_seed must be an integer in [0, 2^32), got {self.data_seed!r}")
+
+    @property
+    def eval_steps(self) -> tuple[int, ...]:
+        """The numbers of steps taken before each of the E evaluations."""
+        every = self.eval_every or self.steps
+        return (*range(every, self.steps, every), self.steps)
+
+
+def make_train(model: Model, config: TrainConfig) -> Callable[[Hyperparams, Dataset], History]:
+    """Returns `train(hyper, ds) -> History`, pure; see the top of this module.
+
+    `train` raises ValueError (when traced) if the batch is larger than the training split, or labels and
+    examples differ in number.
+    """
+
+    def train(hyper: Hyperparams, ds: Dataset) -> History:
+        _check_shapes(ds, config)
+        optimizer = OPTIMIZERS[config.optimizer](hyper)
+        params, batch_stats = model.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
+        state = (params, batch_stats, optimizer.init(params))
+        num_train = len(ds.train_x)
+        steps_per_epoch = num_train // config.batch_size
+        data_key = jax.random.key(config.data_seed)
+
+        def mini_batch(order, step):
+            """The step's examples, and the order of the epoch it is in."""
+            epoch, position = step // steps_per_epoch, step % steps_per_epoch
+            order = jax.lax.cond(
+                position == 0,
+                lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), num_train),
+                lambda: order,
+            )
+            chosen = jax.lax.dynamic_slice(order, (position * config.batch_size,), (config.batch_size,))
+            return jnp.asarray(ds.train_x)[chosen], jnp.asarray(ds.train_y)[chosen], order
+
+        def loss_fn(params, batch_stats, x, y):
+            logits, batch_stats = model.apply(params, batch_stats, x, train=True)
+            loss, accuracy = _loss_and_accuracy(logits, y)
+            return loss, (accuracy, batch_stats)
+
+        def one_step(carry, step):
+            state, order, diverged_step, averages = carry
+            params, batch_stats, opt_state = state
+            x, y, order = mini_batch(order, step)
+            (loss, (accuracy, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                params, batch_stats, x, y
+            )
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+
+            alive = diverged_step < 0
+            averages = _add(averages, loss, accuracy, alive & jnp.isfinite(loss))
+            finite = jnp.isfinite(loss) & _all_finite((params, batch_stats))
+            diverged_step = jnp.where(alive & ~finite, step, diverged_step)
+            new = (params, batch_stats, opt_state)
+            state = jax.tree.map(lambda n, o: jnp.where(diverged_step < 0, n, o), new, state)
+            return (state, order, diverged_step, averages), None
+
+        def segment(carry, steps):
+            """The steps up to the next evaluation, and the evaluation."""
+            state, order, diverged_step, (loss, accuracy, _) = carry
+            averages = (loss, accuracy, jnp.int32(0))
+            carry, _ = jax.lax.scan(one_step, (state, order, diverged_step, averages), steps)
+            (params, batch_stats, _), _, _, (train_loss, train_accuracy, _) = carry
+            test_loss, test_accuracy = _evaluate(model, params, batch_stats, ds.test_x, ds.test_y)
+            return carry, (train_loss, train_accuracy, test_loss, test_accuracy)
+
+        averages = (jnp.float32(LARGEST), jnp.float32(0), jnp.int32(0))
+        carry = (state, jnp.arange(num_train), jnp.int32(-1), averages)
+        every = config.eval_every or config.steps
+        whole = config.steps // every
+        carry, curves = jax.lax.scan(segment, carry, jnp.arange(whole * every).reshape(whole, every))
+        if whole * every < config.steps:
+            carry, last = segment(carry, jnp.arange(whole * every, config.steps))
+            curves = jax.tree.map(lambda c, v: jnp.concatenate([c, v[None]]), curves, last)
+        diverged_step = carry[2]
+        return History(*curves, diverged=diverged_step >= 0, diverged_step=diverged_step)
+
+    return train
+
+
+def _loss_and_accuracy(logits, labels):
+    """Mean cross-entropy and the fraction of labels that have the largest logit."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    return loss, (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
+
+
+def _add(averages, loss, accuracy, counts):
+    """Running means over the steps that count. Until one does, those of the segment before stand."""
+    mean_loss, mean_accuracy, n = averages
+    n_new = n + counts
+    weight = 1 / jnp.maximum(n_new, 1).astype(jnp.float32)
+
+    def add(mean, value):
+        # w * value + (1 - w) * mean cannot overflow, and at n = 0 nothing of the old mean is left
+        return jnp.where(counts, weight * value + (1 - weight) * mean, mean)
+
+    return add(mean_loss, loss), add(mean_accuracy, accuracy), n_new
+
+
+def _all_finite(tree):
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def _evaluate(model, params, batch_stats, x, y):
+    """Loss and accuracy over a whole split, in evaluation mode, a batch at a time."""
+    x, y = jnp.asarray(x), jnp.asarray(y)
+
+    def sums(x, y):
+        logits, _ = model.apply(params, batch_stats, x, train=False)
+        return jnp.stack(_loss_and_accuracy(logits, y)) * len(x)
+
+    size = min(TEST_BATCH, len(x))
+    whole = len(x) // size * size
+    batches = (a[:whole].reshape(-1, size, *a.shape[1:]) for a in (x, y))
+    total = jax.lax.map(lambda batch: sums(*batch), tuple(batches)).sum(0)
+    if whole < len(x):
+        total = total + sums(x[whole:], y[whole:])
+    loss, accuracy = total / len(x)
+    return jnp.where(jnp.isfinite(loss), loss, LARGEST), accuracy
+
+
+def check(model: Model, ds: Dataset, config: TrainConfig) -> None:
+    """Raises ValueError if the data does not fit itself, the batch size or the network's outputs.
+
+    Args:
+      model: the network.
+      ds: concrete arrays.
+      config: for the batch size.
+    """
+    _check_shapes(ds, config)
+    if ds.train_x.shape[1:] != ds.test_x.shape[1:]:
+        raise ValueError(
+            f"training examples {ds.train_x.shape[1:]} and test examples {ds.test_x.shape[1:]} differ in shape"
+        )
+
+    def outputs():
+        params, batch_stats = model.init(jax.random.key(0), ds.train_x.shape[1:], 1.0)
+        return model.apply(params, batch_stats, jnp.asarray(ds.train_x[:2]), train=False)[0]
+
+    num_outputs = jax.eval_shape(outputs).shape[-1]
+    for split, y in (("train", ds.train_y), ("test", ds.test_y)):
+        if y.min() < 0 or y.max() >= num_outputs:
+            raise ValueError(
+                f"{split} labels must be in [0, {num_outputs}), the network's outputs; got {y.min()} to {y.max()}"
+            )
+
+
+def _check_shapes(ds, config):
+    for split in ("train", "test"):
+        x, y = getattr(ds, f"{split}_x"), getattr(ds, f"{split}_y")
+        if len(x) != len(y) or len(x) == 0:
+            raise ValueError(f"the {split} split has {len(x)} examples and {len(y)} labels")
+    if config.batch_size > len(ds.train_x):
+        raise ValueError(
+            f"batch_size must be at most the {len(ds.train_x)} training examples, got {config.batch_size}"
+        )

@@ -1,0 +1,115 @@
+"""The data that flows through bnjax: NamedTuples and Protocols, nothing else.
+
+Axis letters, here and everywhere: N batch, C features, E evaluations, K classes.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+PyTree = Any
+
+
+class BatchNormParams(NamedTuple):
+    """The learnable parameters of batch normalization: `y = scale * x_hat + bias`."""
+
+    scale: jax.Array  # [C]
+    bias: jax.Array  # [C]
+
+
+class BatchStats(NamedTuple):
+    """Running statistics, and the number of training batches they have seen."""
+
+    mean: jax.Array  # [C]
+    var: jax.Array  # [C]
+    count: jax.Array  # [] int32
+
+
+@runtime_checkable
+class InitFn(Protocol):
+    """Draws a network's parameters and its initial batch statistics."""
+
+    def __call__(
+        self, key: jax.Array, input_shape: tuple[int, ...], init_scale: jax.Array | float
+    ) -> tuple[PyTree, PyTree]:
+        """`input_shape` is one example's, without N. Returns `(params, batch_stats)`."""
+
+
+@runtime_checkable
+class ApplyFn(Protocol):
+    """Maps a batch to outputs, and batch statistics to the updated ones."""
+
+    def __call__(
+        self, params: PyTree, batch_stats: PyTree, x: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, PyTree]:
+        """`x` [N, ...] -> (outputs [N, K], batch_stats); unchanged if not `train`."""
+
+
+@runtime_checkable
+class LayersFn(Protocol):
+    """Like `ApplyFn`, but shows every named intermediate, each with an offset added to it."""
+
+    def __call__(
+        self,
+        params: PyTree,
+        batch_stats: PyTree,
+        x: jax.Array,
+        offsets: Mapping[str, jax.Array],
+        *,
+        train: bool,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The gradient with respect to a zero offset is the gradient to that intermediate."""
+
+
+class Model(NamedTuple):
+    """A network as a value. `init` and `apply` are all that training needs.
+
+    Two models with equal `config` count as the same network in stored results (closures cannot be
+    compared), so `config` should hold whatever tells this network from another.
+    """
+
+    init: InitFn
+    apply: ApplyFn
+    layers: LayersFn | None = None
+    config: Mapping[str, Any] = {}
+
+
+class Dataset(NamedTuple):
+    """A classification data set in memory, as the network sees it."""
+
+    train_x: Array  # [N, ...] float32
+    train_y: Array  # [N] int32, 0 <= label < K
+    test_x: Array  # [M, ...] float32
+    test_y: Array  # [M] int32
+
+
+class Hyperparams(NamedTuple):
+    """What can be swept without recompiling: one scalar each (or [cells], under vmap).
+
+    seed: draws the initialization (>= 0). The order of the data has its own: `TrainConfig.data_seed`.
+    init_scale: multiplies the standard deviation of the initial weights (> 0).
+    learning_rate: the optimizer's step size (> 0).
+    momentum: the OPTIMIZER's momentum, in [0, 1): the decay of sgd's and rmsprop's velocity, and
+        adam's b1. Not batch normalization's `momentum`, the weight of the old running statistics.
+    weight_decay: the coefficient of decay, on weight matrices only (>= 0).
+    """
+
+    seed: jax.Array | int = 0
+    init_scale: jax.Array | float = 1.0
+    learning_rate: jax.Array | float = 0.1
+    momentum: jax.Array | float = 0.9
+    weight_decay: jax.Array | float = 0.0
+
+
+class History(NamedTuple):
+    """What one training run leaves behind. Every entry is finite, whatever happened to the run."""
+
+    train_loss: jax.Array  # [E] mean over the mini-batches since the previous evaluation
+    train_accuracy: jax.Array  # [E] likewise, a fraction
+    test_loss: jax.Array  # [E] mean cross-entropy over the test split, running statistics
+    test_accuracy: jax.Array  # [E] a fraction
+    diverged: jax.Array  # [] bool
+    diverged_step: jax.Array  # [] int32: the first step with a non-finite loss or state, else -1

@@ -1,0 +1,31 @@
+"""Shared by all tests: run-time checks of the annotated shapes, two CPU devices, small data."""
+
+import jax
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+jax.config.update("jax_num_cpu_devices", 2)
+
+with install_import_hook("bnjax", "beartype.beartype"):
+    import bnjax
+
+
+@pytest.fixture
+def x64():
+    """float64 inside the test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def blobs():
+    """A task that a small network learns in some dozen steps: 4 Gaussian blobs in 12 dimensions, 2 apart."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(4, 12)) * 2 / np.sqrt(2)
+
+    def draw(n):
+        y = rng.integers(4, size=n).astype(np.int32)
+        return (centres[y] + rng.normal(size=(n, 12))).astype(np.float32), y
+
+    return bnjax.Dataset(*draw(256), *draw(128))
