@@ -212,10 +212,8 @@ def _update(stats, mean, var, count, momentum, debias):
 
 def _averager(x, mask, reduced, axis_name):
     """A function that takes the mean over the valid entries of an array like x, and their number."""
-    if mask is None:
-        count = jnp.asarray(math.prod(x.shape[a] for a in reduced), x.dtype)
-    else:
-        count = mask.sum(dtype=x.dtype)
+    size = math.prod(x.shape[a] for a in reduced)
+    count = jnp.asarray(size, x.dtype) if mask is None else mask.sum(dtype=x.dtype)
     if axis_name is not None:
         count = lax.psum(count, axis_name)
 

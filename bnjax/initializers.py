@@ -21,7 +21,6 @@ import math
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
-import jax
 import jax.numpy as jnp
 from jax.nn import initializers as jax_initializers
 from jaxtyping import Array, Float, Key

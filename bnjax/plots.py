@@ -47,24 +47,9 @@ def robustness(
             label=str(name),
         )
     level = threshold * float(accuracy.median("seed").max())
-    axes.axhline(level, color="0.35", linewidth=1, linestyle=":")
-    axes.annotate(
-        f"{threshold:.0%} of the best",
-        (0.005, level),
-        xycoords=("axes fraction", "data"),
-        fontsize=8,
-        va="bottom",
-        color="0.35",
-    )
-    axes.axhline(100 * chance, color="0.6", linewidth=1, linestyle=":")
-    axes.annotate(
-        "chance",
-        (0.005, 100 * chance),
-        xycoords=("axes fraction", "data"),
-        fontsize=8,
-        va="bottom",
-        color="0.5",
-    )
+    for y, text in ((level, f" {threshold:.4g} of\n the best"), (100 * chance, " chance")):
+        axes.axhline(y, color="0.4", linewidth=1, linestyle=":", zorder=1)
+        axes.annotate(text, (1, y), xycoords=("axes fraction", "data"), fontsize=8, va="center", color="0.3")
     axes.set(
         xlabel="init_scale (factor of the standard deviation of the initial weights)",
         ylabel="final test accuracy (%)",

@@ -151,9 +151,11 @@ def make_train(model: Model, config: TrainConfig) -> Callable[[Hyperparams, Data
         carry = (state, jnp.arange(num_train), jnp.int32(-1), averages)
         every = config.eval_every or config.steps
         whole = config.steps // every
-        carry, curves = jax.lax.scan(segment, carry, jnp.arange(whole * every).reshape(whole, every))
+        carry, curves = jax.lax.scan(
+            segment, carry, jnp.arange(whole * every, dtype=jnp.int32).reshape(whole, every)
+        )
         if whole * every < config.steps:
-            carry, last = segment(carry, jnp.arange(whole * every, config.steps))
+            carry, last = segment(carry, jnp.arange(whole * every, config.steps, dtype=jnp.int32))
             curves = jax.tree.map(lambda c, v: jnp.concatenate([c, v[None]]), curves, last)
         diverged_step = carry[2]
         return History(*curves, diverged=diverged_step >= 0, diverged_step=diverged_step)
@@ -164,7 +166,7 @@ def make_train(model: Model, config: TrainConfig) -> Callable[[Hyperparams, Data
 def _loss_and_accuracy(logits, labels):
     """Mean cross-entropy and the fraction of labels that have the largest logit."""
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return loss, (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
+    return loss.astype(jnp.float32), (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
 
 
 def _add(averages, loss, accuracy, counts):
@@ -211,6 +213,10 @@ def check(model: Model, ds: Dataset, config: TrainConfig) -> None:
       config: for the batch size.
     """
     _check_shapes(ds, config)
+    for split in ("train", "test"):
+        dtype = getattr(ds, f"{split}_x").dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{split}_x must be floating point, got {dtype}")
     if ds.train_x.shape[1:] != ds.test_x.shape[1:]:
         raise ValueError(
             f"training examples {ds.train_x.shape[1:]} and test examples {ds.test_x.shape[1:]} differ in shape"

@@ -2,11 +2,14 @@
 
 import math
 import os
+import shlex
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import numpy as np
 import xarray as xr
@@ -22,10 +25,12 @@ def fail(message: str) -> SystemExit:
     return SystemExit(f"error: {message}")
 
 
-def use_all_cores() -> None:
-    """One XLA device per core on CPU. To be called before JAX makes its first array."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", cores)
+def prepare_process() -> None:
+    """One XLA device per core on CPU, unless set otherwise; no chatter. To be called before JAX's first array."""
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    if jax.config.jax_num_cpu_devices == -1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        jax.config.update("jax_num_cpu_devices", cores)
 
 
 def parse_floats(flag: str, text: str) -> list[float]:
@@ -134,6 +139,12 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"--out={folder} cannot be written: {error.strerror or error}") from None
+
+
+def command() -> str:
+    """The command line of this run, as a user would type it."""
+    script = f"python -m experiments.{Path(sys.argv[0]).stem}"
+    return shlex.join([*script.split(), *sys.argv[1:]])
 
 
 def console() -> Console:

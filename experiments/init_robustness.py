@@ -8,8 +8,6 @@ and more, no BN over about one; and far from scale 1 little between BN and its f
 """
 
 import math
-import shlex
-import sys
 from pathlib import Path
 
 import xarray as xr
@@ -68,7 +66,7 @@ NORM_NAMES = {"batch": "BN", "none": "no BN"}
 
 def main(argv: list[str]) -> None:
     """Flags -> sweep -> table, figure, stored result."""
-    common.use_all_cores()
+    common.prepare_process()
     try:
         results = run(argv)
     except (ValueError, OSError, ImportError) as error:
@@ -120,7 +118,7 @@ def run(argv: list[str]) -> xr.Dataset:
     results.attrs |= {
         "data": data_args,
         "num_classes": int(ds.train_y.max()) + 1,
-        "command": shlex.join(sys.argv),
+        "command": common.command(),
     }
     store.save(results, folder / common.RESULTS, overwrite=FLAGS.overwrite)
     return results
@@ -160,10 +158,9 @@ def report(results: xr.Dataset, folder: Path) -> None:
     accuracy = robustness.final_accuracy(results, chance)
     thresholds = sorted({*THRESHOLDS, FLAGS.threshold})
     summaries = robustness.summarize(accuracy, thresholds, baselines=baselines)
-    best = float(accuracy.median("seed").max())
 
     console = common.console()
-    console.print(table(accuracy, summaries, results, best))
+    console.print(table(accuracy, summaries, results))
     if accuracy.sizes["learning_rate"] > 1:
         console.print(rate_table(accuracy))
 
@@ -173,29 +170,26 @@ def report(results: xr.Dataset, folder: Path) -> None:
         chance=chance,
         baselines=set(baselines.values()),
         title=f"{FLAGS.dataset}, {FLAGS.depth} hidden layers of {FLAGS.hidden_width}, {FLAGS.activation}, "
-        f"{FLAGS.steps} steps",
+        f"{FLAGS.steps} steps of {FLAGS.batch_size}",
     )
     figure.savefig(folder / "accuracy.png")
-    console.print(
-        f"figure   {folder / 'accuracy.png'}\n"
-        f"results  {folder / common.RESULTS}   (bnjax.load_results opens them)\n"
-        f"next     finer: --init_scales=1e-4:1e4:33   more seeds: --seeds=20   "
-        f"or --learning_rates=0.01,0.1,1   with another --out",
-        soft_wrap=True,
-        highlight=False,
-    )
+    print(f"figure:   {folder / 'accuracy.png'}")
+    print(f"results:  {folder / common.RESULTS}   (bnjax.load_results opens it)")
+    print(f"continue: {results.attrs['command']} --seeds=20 --out={folder}-20-seeds")
 
 
-def table(accuracy, summaries, results, best) -> Table:
+def table(accuracy: xr.DataArray, summaries: dict, results: xr.Dataset) -> Table:
     """One row per network, one column per threshold."""
     seeds = accuracy.sizes["seed"]
+    best = float(accuracy.median("seed").max())
     found = Table(
         title="Robust range: decades of init_scale over which the network trains",
         caption=(
-            f"Trains: the median of {seeds} seeds ends with at least q of the best median test accuracy, {best:.1%}. "
-            "A range is the longest run of passing scales; >= where it reaches an end of the grid. "
-            "[ ]: 95% bootstrap interval over seeds. Against frozen: median accuracy less that of BN with its hidden weights "
-            "frozen, in percentage points, at the lower / upper end of the range. Holes: failing scales between passing ones."
+            f"A network trains at a scale if the median of {seeds} seeds ends with at least q of the best median "
+            f"test accuracy, {best:.1%}; a diverged run counts as chance. The range is the longest run of scales "
+            "that pass, >= where it reaches an end of the grid. In brackets: 95% bootstrap interval over seeds. "
+            "vs frozen: median accuracy less that of BN with its hidden weights frozen, in percentage points, at "
+            "the lower and the upper end of the range. Holes: scales that fail between ones that pass."
         ),
         caption_justify="left",
         show_lines=True,
@@ -204,13 +198,14 @@ def table(accuracy, summaries, results, best) -> Table:
     found.add_column("best median\n(at scale)\ndiverged")
     for threshold in next(iter(summaries.values())):
         style = "bold" if threshold == FLAGS.threshold else ""
-        found.add_column(f"decades at q = {threshold:.0%}", style=style)
+        found.add_column(f"decades at\nq = {threshold:.4g}", style=style)
     for name, by_threshold in summaries.items():
         medians = accuracy.sel(model=name).median("seed").max("learning_rate")
         diverged = results.diverged.sel(model=name)
         found.add_row(
             name,
-            f"{float(medians.max()):.1%}\n({scale_text(float(medians.idxmax()))})\n{int(diverged.sum())} of {diverged.size}",
+            f"{float(medians.max()):.1%}\n({scale_text(float(medians.idxmax()))})\n"
+            f"{int(diverged.sum())} of {diverged.size}",
             *(cell_text(summary) for summary in by_threshold.values()),
         )
     return found
@@ -221,21 +216,22 @@ def cell_text(summary: robustness.Summary) -> str:
     found = summary.range
     lines = [decades_text(found)]
     if summary.interval:
-        lines[0] += f"  [{' to '.join(decades_text(end) for end in summary.interval)}]"
+        low, high = map(decades_text, summary.interval)
+        lines[0] += f"  \\[{low}, {high}]"
     if not math.isnan(found.decades):
         lines.append(f"{scale_text(found.low)} to {scale_text(found.high)}")
         if not math.isnan(summary.above_low):
-            lines.append(f"frozen {100 * summary.above_low:+.1f} / {100 * summary.above_high:+.1f}")
+            lines.append(f"vs frozen {100 * summary.above_low:+.1f}, {100 * summary.above_high:+.1f}")
     if found.holes:
         lines.append(f"holes {', '.join(scale_text(hole) for hole in found.holes)}")
     return "\n".join(lines)
 
 
 def decades_text(found: robustness.RobustRange) -> str:
-    """`>= 8.0`, `1.5`, or `-` for none."""
+    """`>=8.0`, `1.5`, or `-` for none."""
     if math.isnan(found.decades):
         return "-"
-    return f"{'>= ' if found.open_low or found.open_high else ''}{found.decades:.1f}"
+    return f"{'>=' if found.open_low or found.open_high else ''}{found.decades:.1f}"
 
 
 def scale_text(scale: float) -> str:

@@ -83,7 +83,9 @@ class TestDerivativesInFloat64:
     def test_with_respect_to_epsilon(self, shape, epsilon):
         x = draw(shape)
         actual = jax.jit(jax.jacfwd(lambda e: batch_norm.normalize(x, e)))(epsilon)
-        np.testing.assert_allclose(actual, jax.jit(jax.jacfwd(lambda e: textbook(x, e)))(epsilon), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            actual, jax.jit(jax.jacfwd(lambda e: textbook(x, e)))(epsilon), rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.usefixtures("x64")
@@ -160,7 +162,7 @@ def test_a_constant_feature_gives_the_bias_and_no_gradient(value, epsilon):
 
 
 class TestRunningStatistics:
-    batches = [np.asarray(draw((8, 3), seed=s, mean=s, std=1 + s)) for s in range(5)]
+    batches = tuple(np.asarray(draw((8, 3), seed=s, mean=s, std=1 + s)) for s in range(5))
 
     def run(self, **options):
         params, stats = batch_norm.init(3)
@@ -307,7 +309,9 @@ PARAMS, STATS = batch_norm.init(3)
             r"scale has shape \(3,\), but x \(4, 2\)",
         ),
         (
-            lambda: batch_norm.apply(PARAMS, BatchStats(jnp.ones(1), jnp.ones(3), 0), jnp.ones((4, 3)), train=True),
+            lambda: batch_norm.apply(
+                PARAMS, BatchStats(jnp.ones(1), jnp.ones(3), 0), jnp.ones((4, 3)), train=True
+            ),
             ValueError,
             r"mean has shape \(1,\)",
         ),

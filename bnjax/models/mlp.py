@@ -10,6 +10,7 @@ norm. `params` is `{"hidden_0": {"kernel", "bias"?, "norm"?}, ..., "output": {"k
 the norm. Frozen kernels stand in `batch_stats`, among what no optimizer touches.
 """
 
+import math
 from types import MappingProxyType
 
 import jax
@@ -90,21 +91,19 @@ def mlp(
 
     def init(key, input_shape, init_scale=1.0):
         params, batch_stats = {}, {}
-        fan_in = 1
-        for size in input_shape:
-            fan_in *= size
+        fan_in = math.prod(input_shape)
         for i, (name, width) in enumerate(zip(hidden, features, strict=True)):
             kernel = draw(jax.random.fold_in(key, i), (fan_in, width), init_scale)
             params[name], batch_stats[name] = {}, {}
             (batch_stats if freeze_hidden else params)[name]["kernel"] = kernel
             if use_bias:
-                params[name]["bias"] = jnp.zeros(width)
+                params[name]["bias"] = jnp.zeros(width, kernel.dtype)
             if norm == "batch":
                 params[name]["norm"], batch_stats[name]["norm"] = batch_norm.init(width)
             fan_in = width
         output_scale = init_scale if scaled_layers == "all" else 1.0
         kernel = draw(jax.random.fold_in(key, len(features)), (fan_in, num_outputs), output_scale)
-        params["output"] = {"kernel": kernel, "bias": jnp.zeros(num_outputs)}
+        params["output"] = {"kernel": kernel, "bias": jnp.zeros(num_outputs, kernel.dtype)}
         return params, batch_stats
 
     def forward(params, batch_stats, x, offsets, train):
@@ -114,26 +113,29 @@ def mlp(
             shown[name] = value + offsets[name] if name in offsets else value
             return shown[name]
 
+        def normalize(name, x):
+            y, new_stats[name]["norm"] = batch_norm.apply(
+                params[name]["norm"],
+                batch_stats[name]["norm"],
+                x,
+                train=train,
+                momentum=momentum,
+                epsilon=epsilon,
+            )
+            return show(f"{name}/norm", y)
+
         x = x.reshape(len(x), -1)
         for name in hidden:
-            weights, stats = params[name], batch_stats[name]
-            new_stats[name] = dict(stats)
-
-            def normalize(x, name=name, weights=weights, stats=stats):
-                y, new_stats[name]["norm"] = batch_norm.apply(
-                    weights["norm"], stats["norm"], x, train=train, momentum=momentum, epsilon=epsilon
-                )
-                return show(f"{name}/norm", y)
-
-            x = x @ (stats if freeze_hidden else weights)["kernel"]
+            new_stats[name] = dict(batch_stats[name])
+            x = x @ (batch_stats if freeze_hidden else params)[name]["kernel"]
             if use_bias:
-                x = x + weights["bias"]
+                x = x + params[name]["bias"]
             x = show(f"{name}/preactivation", x)
             if norm == "batch" and norm_position == "before_activation":
-                x = normalize(x)
+                x = normalize(name, x)
             x = show(f"{name}/activation", phi(x))
             if norm == "batch" and norm_position == "after_activation":
-                x = normalize(x)
+                x = normalize(name, x)
         outputs = show("output", x @ params["output"]["kernel"] + params["output"]["bias"])
         return outputs, new_stats, shown
 

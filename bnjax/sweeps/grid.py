@@ -1,6 +1,7 @@
 """The grid of a sweep: labelled axes -> cells, in row-major order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ _RANGES = {
 }
 
 
-def check_value(name: str, value: float) -> None:
+def check_value(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is allowed for the hyperparameter `name`."""
     choices.check("axis", name, Hyperparams._fields)
     dtype, low, high, closed = _RANGES[name]
@@ -33,7 +34,7 @@ def check_value(name: str, value: float) -> None:
         raise ValueError(f"momentum (the optimizer's) must be below 1, got {value!r}")
 
 
-def check(axes: Mapping[str, Sequence[float]], hyper: Hyperparams) -> dict[str, np.ndarray]:
+def check(axes: Mapping[str, Iterable], hyper: Hyperparams) -> dict[str, np.ndarray]:
     """The axes as arrays, after checking them and the values of what is not swept.
 
     Args:

@@ -9,7 +9,7 @@ class Progress:
     def __init__(self, total: int, *, enabled: bool):
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=30),
+            rich.progress.BarColumn(bar_width=12),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TextColumn("cells, {task.fields[diverged]} diverged, {task.fields[speed]}"),
             rich.progress.TimeRemainingColumn(elapsed_when_finished=True),

@@ -1,6 +1,7 @@
 """MANY training runs: every cell of a grid, in chunks, on all local devices."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from bnjax.sweeps.plan import Plan, make_plan
 from bnjax.sweeps.progress import Progress
 from bnjax.sweeps.store import circumstances, describe
 from bnjax.training import TrainConfig, check, make_train
-from bnjax.types import Dataset, History, Hyperparams, Model
+from bnjax.types import ApplyFn, Dataset, History, Hyperparams, InitFn, Model
 
 LONG_NAMES = {
     "train_loss": "training loss (cross-entropy, nats)",
@@ -28,7 +29,7 @@ def sweep(
     model: Model | Mapping[str, Model],
     ds: Dataset,
     config: TrainConfig,
-    axes: Mapping[str, Sequence[float]],
+    axes: Mapping[str, Iterable],
     *,
     hyper: Hyperparams = Hyperparams(),  # noqa: B008 (immutable)
     width: int | None = None,
@@ -113,22 +114,31 @@ def run_cells(
     Yields:
       Histories of numpy arrays [cells in the chunk, ...], in the order of the cells.
     """
-    mesh = Mesh(np.asarray(plan.devices), ("cells",))
-    split, same = PartitionSpec("cells"), PartitionSpec()
-    # The data is an argument: closed over, it would become part of the program's text.
-    program = jax.jit(
-        jax.shard_map(
-            jax.vmap(make_train(model, config), in_axes=(0, None)),
-            mesh=mesh,
-            in_specs=(split, same),
-            out_specs=split,
-            check_vma=False,  # cells never communicate
-        )
-    )
-    ds = jax.device_put(ds, NamedSharding(mesh, same))
+    program, replicated = _program(model.init, model.apply, config, plan.devices)
+    ds = jax.device_put(ds, replicated)
     total = len(cells.seed)
     for start in range(0, total, plan.chunk):
         stop = min(start + plan.chunk, total)
         indices = np.minimum(np.arange(start, start + plan.chunk), total - 1)
         chunk = program(jax.tree.map(lambda a, i=indices: a[i], cells), ds)
         yield jax.tree.map(lambda a, n=stop - start: np.asarray(a)[:n], chunk)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(
+    init: InitFn, apply: ApplyFn, config: TrainConfig, devices: tuple[jax.Device, ...]
+) -> tuple[Callable[[Hyperparams, Dataset], History], NamedSharding]:
+    """The program that trains a chunk, and where its data belongs. Kept, so that a second sweep compiles nothing."""
+    mesh = Mesh(np.asarray(devices), ("cells",))
+    split, same = PartitionSpec("cells"), PartitionSpec()
+    # The data is an argument: closed over, it would become part of the program's text.
+    program = jax.jit(
+        jax.shard_map(
+            jax.vmap(make_train(Model(init, apply), config), in_axes=(0, None)),
+            mesh=mesh,
+            in_specs=(split, same),
+            out_specs=split,
+            check_vma=False,  # cells never communicate
+        )
+    )
+    return program, NamedSharding(mesh, same)

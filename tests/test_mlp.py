@@ -1,0 +1,173 @@
+"""The multilayer perceptron against the same network written out by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnjax
+from bnjax.models import mlp as mlp_module
+
+SHAPE = (2, 3, 1)
+X = jax.random.normal(jax.random.key(9), (7, *SHAPE))
+KEY = jax.random.key(0)
+
+
+def by_hand(params, x, phi, norm, position):
+    """Two hidden layers in training mode, from the definition."""
+
+    def bn(x, p):
+        return (x - x.mean(0)) / jnp.sqrt(x.var(0) + 1e-5) * p.scale + p.bias
+
+    x = x.reshape(len(x), -1)
+    for name in ("hidden_0", "hidden_1"):
+        p = params[name]
+        x = x @ p["kernel"] + p.get("bias", 0)
+        if norm == "batch" and position == "before_activation":
+            x = bn(x, p["norm"])
+        x = phi(x)
+        if norm == "batch" and position == "after_activation":
+            x = bn(x, p["norm"])
+    return x @ params["output"]["kernel"] + params["output"]["bias"]
+
+
+@pytest.mark.parametrize("position", mlp_module.NORM_POSITIONS)
+@pytest.mark.parametrize("norm", mlp_module.NORMS)
+@pytest.mark.parametrize(
+    ("activation", "phi"),
+    [
+        ("relu", lambda x: np.maximum(x, 0)),
+        ("sigmoid", lambda x: 1 / (1 + np.exp(-x))),
+        ("tanh", np.tanh),
+        ("gelu", lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2),
+        ("linear", lambda x: x),
+    ],
+)
+def test_forward(activation, phi, norm, position):
+    model = bnjax.mlp((5, 4), 3, activation, norm, position)
+    params, stats = model.init(KEY, SHAPE, 0.7)
+    params = jax.tree.map(lambda p: p + 0.1, params)  # so that biases and scales show
+    outputs, _ = model.apply(params, stats, X, train=True)
+    np.testing.assert_allclose(outputs, by_hand(params, X, phi, norm, position), rtol=2e-5, atol=2e-5)
+
+
+def test_running_statistics_are_used_in_evaluation_and_updated_in_training():
+    model = bnjax.mlp((5,), 3, momentum=0.0)
+    params, stats = model.init(KEY, SHAPE, 1.0)
+    trained, stats = model.apply(params, stats, X, train=True)
+    evaluated, after = model.apply(params, stats, X, train=False)
+    np.testing.assert_allclose(trained, evaluated, atol=1e-5)  # momentum 0: the batch's own statistics
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), after, stats))
+    assert stats["hidden_0"]["norm"].count == 1
+
+
+def kernels(model, init_scale=1.0):
+    params, stats = model.init(KEY, SHAPE, init_scale)
+    return {name: (params[name] | stats.get(name, {}))["kernel"] for name in params}
+
+
+def test_same_draw_whatever_the_norm_its_position_and_freezing():
+    expected = kernels(bnjax.mlp((5, 4), 3, norm="none"))
+    for options in ({}, {"norm_position": "after_activation"}, {"freeze_hidden": True}, {"activation": "tanh"}):
+        found = kernels(bnjax.mlp((5, 4), 3, **options))
+        assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, expected))
+
+
+@pytest.mark.parametrize(("layers", "output_factor"), [("hidden", 1), ("all", 8)])
+def test_init_scale_multiplies_the_chosen_layers(layers, output_factor):
+    model = bnjax.mlp((5, 4), 3, scaled_layers=layers)
+    one, eight = kernels(model), kernels(model, 8.0)
+    assert (eight["hidden_0"] == 8 * one["hidden_0"]).all()
+    assert (eight["hidden_1"] == 8 * one["hidden_1"]).all()
+    assert (eight["output"] == output_factor * one["output"]).all()
+
+
+def test_bias_only_where_no_norm_cancels_it():
+    def has_bias(**options):
+        return "bias" in bnjax.mlp((5,), 3, **options).init(KEY, SHAPE, 1.0)[0]["hidden_0"]
+
+    assert not has_bias()
+    assert has_bias(norm="none")
+    assert has_bias(norm_position="after_activation")
+    assert has_bias(use_bias=True)
+    assert not has_bias(norm="none", use_bias=False)
+
+
+def test_a_bias_under_batch_norm_has_no_effect_and_no_gradient():
+    model = bnjax.mlp((5,), 3, "tanh", use_bias=True)
+    params, stats = model.init(KEY, SHAPE, 1.0)
+
+    def loss(bias):
+        p = params | {"hidden_0": params["hidden_0"] | {"bias": bias}}
+        return jnp.sum(model.apply(p, stats, X, train=True)[0] ** 2)
+
+    gradient = jax.grad(loss)(jnp.arange(5.0))
+    np.testing.assert_allclose(loss(jnp.arange(5.0)), loss(jnp.zeros(5)), rtol=1e-5)
+    np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+class TestLayers:
+    model = bnjax.mlp((5, 4), 3, "tanh")
+    params, stats = model.init(KEY, SHAPE, 1.0)
+
+    def test_shows_every_intermediate(self):
+        outputs, shown = self.model.layers(self.params, self.stats, X, {}, train=True)
+        stages = ("preactivation", "norm", "activation")
+        assert list(shown) == [f"hidden_{i}/{stage}" for i in range(2) for stage in stages] + ["output"]
+        assert (outputs == self.model.apply(self.params, self.stats, X, train=True)[0]).all()
+        np.testing.assert_allclose(shown["hidden_1/activation"], jnp.tanh(shown["hidden_1/norm"]), atol=1e-6)
+        np.testing.assert_allclose(shown["hidden_0/norm"].std(0), 1, atol=1e-3)
+
+    def test_the_gradient_at_a_zero_offset_is_the_gradient_to_the_activation(self):
+        def loss(offsets):
+            return jnp.sum(self.model.layers(self.params, self.stats, X, offsets, train=True)[0] ** 2)
+
+        _, shown = self.model.layers(self.params, self.stats, X, {}, train=True)
+        gradients = jax.grad(loss)(jax.tree.map(jnp.zeros_like, shown))
+        # The rest of the network from the last hidden activation on, by hand:
+        kernel = self.params["output"]["kernel"]
+        np.testing.assert_allclose(gradients["hidden_1/activation"], 2 * shown["output"] @ kernel.T, rtol=1e-5, atol=1e-5)
+        # and a layer's gradient is what its input's weights see: dL/dW = x^T dL/d(xW)
+        weight_gradient = jax.grad(lambda p: jnp.sum(self.model.apply(p, self.stats, X, train=True)[0] ** 2))(self.params)
+        expected = shown["hidden_0/activation"].T @ gradients["hidden_1/preactivation"]
+        np.testing.assert_allclose(weight_gradient["hidden_1"]["kernel"], expected, rtol=1e-4, atol=1e-5)
+
+    def test_unknown_offset(self):
+        with pytest.raises(ValueError, match=r"unknown offsets \['hidden_9'\]; allowed: hidden_0/pre"):
+            self.model.layers(self.params, self.stats, X, {"hidden_9": 0.0}, train=True)
+
+
+def test_frozen_kernels_are_no_parameters():
+    params, stats = bnjax.mlp((5, 4), 3, freeze_hidden=True).init(KEY, SHAPE, 1.0)
+    assert all("kernel" not in params[name] for name in ("hidden_0", "hidden_1"))
+    assert all("kernel" in stats[name] for name in ("hidden_0", "hidden_1"))
+
+
+def test_config_tells_networks_apart():
+    assert bnjax.mlp().config == bnjax.mlp().config
+    assert bnjax.mlp().config != bnjax.mlp(epsilon=1e-3).config
+
+
+def test_no_hidden_layer_is_a_linear_classifier():
+    params, stats = bnjax.mlp((), 3).init(KEY, SHAPE, 1.0)
+    assert list(params) == ["output"]
+    assert stats == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"activation": "rlu"}, r"unknown activation 'rlu' \(did you mean 'relu'\?\); allowed: relu, sigmoid"),
+        ({"norm": "layer"}, "unknown norm 'layer'.*allowed: batch, none"),
+        ({"norm_position": "before"}, "unknown norm_position 'before'"),
+        ({"initializer": "xavier"}, "unknown initializer 'xavier'; allowed"),
+        ({"scaled_layers": "output"}, "unknown scaled_layers 'output'"),
+        ({"features": (8, 0)}, r"features must be positive widths, got \(8, 0\)"),
+        ({"num_outputs": 0}, "num_outputs must be at least 1, got 0"),
+        ({"epsilon": -1.0}, "epsilon must be >= 0, got -1.0"),
+        ({"momentum": 2.0}, "momentum .* got 2.0"),
+    ],
+)
+def test_bad_input(options, words):
+    with pytest.raises(ValueError, match=words):
+        bnjax.mlp(**options)

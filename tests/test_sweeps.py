@@ -1,0 +1,247 @@
+"""Grids: axes to cells, labels, chunks, bitwise independence of a cell from everything around it, storage."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import xarray as xr
+
+import bnjax
+from bnjax.sweeps import grid, plan, run, store
+from bnjax.types import History
+
+MODEL = bnjax.mlp((8, 8), 4)
+CONFIG = bnjax.TrainConfig(steps=12, batch_size=32, eval_every=5)
+
+
+def sweep(ds, axes, model=MODEL, **options):
+    return bnjax.sweep(model, ds, CONFIG, axes, **{"progress": False} | options)
+
+
+class TestGrid:
+    def test_cells_are_the_product_with_the_last_axis_fastest(self):
+        hyper = bnjax.Hyperparams(momentum=0.5)
+        axes = grid.check({"init_scale": [1, 10], "seed": range(3)}, hyper)
+        cells = grid.cells(axes, hyper)
+        np.testing.assert_array_equal(cells.init_scale, np.float32([1, 1, 1, 10, 10, 10]))
+        np.testing.assert_array_equal(cells.seed, [0, 1, 2, 0, 1, 2])
+        np.testing.assert_array_equal(cells.momentum, np.float32([0.5] * 6))
+        assert cells.seed.dtype == np.uint32
+
+    def test_no_axes_are_one_cell(self):
+        assert grid.cells({}, bnjax.Hyperparams(seed=7)).seed.tolist() == [7]
+
+    @pytest.mark.parametrize(
+        ("axes", "words"),
+        [
+            ({"sed": [1]}, r"unknown axis 'sed' \(did you mean 'seed'\?\); allowed: seed, init_scale"),
+            ({"seed": []}, "axis seed is empty"),
+            ({"seed": [1, 2, 1]}, "axis seed has duplicate values: 1"),
+            ({"init_scale": [0.1, 0.1 + 1e-12]}, "axis init_scale has duplicate values: 0.1"),
+            ({"seed": [0.5]}, "seed takes whole numbers, got 0.5"),
+            ({"seed": [-1]}, "seed must be >= 0 and <= .*, got -1"),
+            ({"init_scale": [0.0]}, "init_scale must be > 0 .*, got 0.0"),
+            ({"init_scale": [1e-60]}, "init_scale must be > 0 .*, got 1e-60"),
+            ({"init_scale": [float("nan")]}, "init_scale must be > 0 .*, got nan"),
+            ({"init_scale": [float("inf")]}, "init_scale must be > 0 .*, got inf"),
+            ({"learning_rate": [-0.1]}, "learning_rate must be > 0 .*, got -0.1"),
+            ({"momentum": [1.0]}, r"momentum \(the optimizer's\) must be below 1, got 1.0"),
+            ({"weight_decay": [-1e-4]}, "weight_decay must be >= 0"),
+            ({"init_scale": ["big"]}, "init_scale takes numbers, got 'big'"),
+        ],
+    )
+    def test_bad_axes(self, axes, words):
+        with pytest.raises(ValueError, match=words):
+            grid.check(axes, bnjax.Hyperparams())
+
+    def test_bad_value_of_what_is_not_swept(self):
+        with pytest.raises(ValueError, match="learning_rate must be > 0"):
+            grid.check({}, bnjax.Hyperparams(learning_rate=0.0))
+
+
+class TestPlan:
+    def test_depends_on_the_network_not_on_the_cells(self, blobs):
+        images = blobs._replace(train_x=np.zeros((2, 28, 28, 1), np.float32))
+        assert plan.make_plan(bnjax.mlp((512,) * 3), images).width < plan.make_plan(MODEL, blobs).width
+        assert plan.make_plan(MODEL, blobs).devices == tuple(jax.local_devices())
+
+    def test_chunk(self, blobs):
+        assert plan.make_plan(MODEL, blobs, width=3).chunk == 3 * len(jax.local_devices())
+
+    def test_bad_width(self, blobs):
+        with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+            plan.make_plan(MODEL, blobs, width=0)
+
+
+class TestSweep:
+    axes = {"learning_rate": [0.05, 0.2], "seed": range(3), "init_scale": [0.1, 1.0, 10.0]}  # noqa: RUF012
+
+    def test_is_labelled(self, blobs):
+        results = sweep(blobs, self.axes, hyper=bnjax.Hyperparams(momentum=0.5))
+        assert results.test_accuracy.dims == ("learning_rate", "seed", "init_scale", "step")
+        assert results.diverged.dims == ("learning_rate", "seed", "init_scale")
+        assert results.step.values.tolist() == [5, 10, 12]
+        assert results.learning_rate.values.tolist() == [0.05, 0.2]
+        assert results.attrs["hyper"] == {"momentum": 0.5, "weight_decay": 0.0}
+        assert results.attrs["config"]["steps"] == 12
+        assert results.attrs["models"][""]["features"] == [8, 8]
+        json.dumps(results.attrs)
+
+    def test_each_cell_is_the_run_of_its_own_hyperparameters(self, blobs):
+        """A run outside any grid may differ by rounding: 12 steps amplify 1e-7 to less than 1e-3."""
+        results = sweep(blobs, self.axes)
+        train = jax.jit(bnjax.make_train(MODEL, CONFIG))
+        for lr, seed, scale in [(0.05, 0, 10.0), (0.2, 2, 0.1)]:
+            alone = train(bnjax.Hyperparams(seed=seed, init_scale=scale, learning_rate=lr), blobs)
+            cell = results.sel(learning_rate=lr, seed=seed, init_scale=scale)
+            np.testing.assert_allclose(cell.train_loss, alone.train_loss, rtol=1e-3)
+            np.testing.assert_allclose(cell.test_loss, alone.test_loss, rtol=1e-3)
+
+    def test_several_models(self, blobs):
+        models = {"batch": MODEL, "none": bnjax.mlp((8, 8), 4, norm="none")}
+        both = sweep(blobs, {"seed": range(3)}, models)
+        assert both.test_loss.dims == ("model", "seed", "step")
+        for name, model in models.items():
+            assert (both.test_loss.sel(model=name) == sweep(blobs, {"seed": range(3)}, model).test_loss).all()
+
+    @pytest.mark.parametrize("options", [{"width": 2}, {"width": 5}, {"devices": jax.devices()[:1]}])
+    def test_width_and_devices_change_nothing_but_rounding(self, blobs, options):
+        expected, found = sweep(blobs, self.axes), sweep(blobs, self.axes, **options)
+        np.testing.assert_allclose(found.test_loss, expected.test_loss, rtol=1e-3)
+
+    def test_progress_is_shown_or_not(self, blobs, capsys):
+        sweep(blobs, {"seed": [0]}, progress=True)
+        assert "1/1 cells, 0 diverged" in capsys.readouterr().out
+        sweep(blobs, {"seed": [0]}, progress=False)
+        assert capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize(
+        ("model", "change", "words"),
+        [
+            ({}, {}, "model is an empty mapping"),
+            (MODEL, {"train_x": np.zeros((9, 12), np.float32)}, "9 examples and 256 labels"),
+            (bnjax.mlp((8,), 2), {}, r"train labels must be in \[0, 2\)"),
+        ],
+    )
+    def test_bad_input_before_any_work(self, blobs, monkeypatch, model, change, words):
+        monkeypatch.setattr(run, "run_cells", lambda *_: pytest.fail("work was started"))
+        with pytest.raises(ValueError, match=words):
+            sweep(blobs._replace(**change), {"seed": [0]}, model)
+
+
+class TestACellIsBitwiseItself:
+    """On CPU, at one width: whatever grid, order, neighbours and number of devices a cell is run with."""
+
+    LINEAR = bnjax.mlp((8, 8), 4, norm="none", activation="linear")  # may diverge
+    SCALES = (0.01, 0.1, 1.0, 10.0, 100.0)
+
+    def run(self, ds, seeds=range(7), scales=SCALES, model=LINEAR, **options):
+        axes = {"seed": seeds, "init_scale": scales}
+        return sweep(ds, axes, model, hyper=bnjax.Hyperparams(learning_rate=0.02), width=4, **options)
+
+    def check(self, found, reference):
+        for name in History._fields:
+            expected = reference[name].sel(seed=found.seed, init_scale=found.init_scale)
+            np.testing.assert_array_equal(found[name].values, expected.values, err_msg=name)
+
+    def test_some_cells_diverge_and_some_do_not(self, blobs):
+        assert 0 < self.run(blobs).diverged.mean() < 1
+
+    @pytest.mark.parametrize(("seed", "scale"), [(0, 0.01), (5, 1.0), (6, 100.0)])
+    def test_alone(self, blobs, seed, scale):
+        self.check(self.run(blobs, [seed], [scale]), self.run(blobs))
+
+    def test_in_another_order(self, blobs):
+        self.check(self.run(blobs, range(6, -1, -1), (10.0, 0.1, 1.0)), self.run(blobs))
+
+    def test_in_another_grid(self, blobs):
+        found = self.run(blobs, (*range(100, 105), 3, 1), (0.3, *self.SCALES))
+        self.check(found.sel(seed=[3, 1], init_scale=list(self.SCALES)), self.run(blobs))
+
+    @pytest.mark.parametrize("neighbour", [1e4, 1e30])
+    def test_beside_a_diverging_cell(self, blobs, neighbour):
+        found = self.run(blobs, [2], (1.0, neighbour))
+        assert found.diverged.sel(init_scale=neighbour).all()
+        self.check(found.sel(init_scale=[1.0]), self.run(blobs))
+
+    def test_on_one_device(self, blobs):
+        assert len(jax.local_devices()) > 1
+        self.check(self.run(blobs, devices=jax.devices()[:1]), self.run(blobs))
+
+    def test_with_batch_norm_too(self, blobs):
+        reference = self.run(blobs, model=MODEL)
+        self.check(self.run(blobs, [4], [10.0], MODEL), reference)
+        self.check(self.run(blobs, [6, 2], (100.0, 1.0), MODEL), reference)
+
+
+class TestStore:
+    def test_reads_what_it_wrote(self, blobs, tmp_path):
+        results = sweep(blobs, {"seed": range(2), "init_scale": [0.1, 1.0]}, {"batch": MODEL})
+        bnjax.save_results(results, tmp_path / "r.zarr")
+        found = bnjax.load_results(tmp_path / "r.zarr")
+        xr.testing.assert_identical(found, results)
+        assert found.attrs == results.attrs
+        assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
+
+    def test_never_overwrites_silently(self, tmp_path):
+        one, two = xr.Dataset({"a": ("x", [1.0])}), xr.Dataset({"a": ("x", [2.0])})
+        store.save(one, tmp_path / "r.zarr")
+        with pytest.raises(FileExistsError, match="r.zarr exists"):
+            store.save(two, tmp_path / "r.zarr")
+        xr.testing.assert_identical(store.load(tmp_path / "r.zarr"), one)
+        store.save(two, tmp_path / "r.zarr", overwrite=True)
+        xr.testing.assert_identical(store.load(tmp_path / "r.zarr"), two)
+
+    def test_a_write_that_fails_leaves_what_was_there(self, tmp_path, monkeypatch):
+        one = xr.Dataset({"a": ("x", [1.0])})
+        store.save(one, tmp_path / "r.zarr")
+
+        def fail(*_, **__):
+            raise OSError("disk full")
+
+        monkeypatch.setattr(xr.Dataset, "to_zarr", fail)
+        with pytest.raises(OSError, match="disk full"):
+            store.save(one, tmp_path / "r.zarr", overwrite=True)
+        xr.testing.assert_identical(store.load(tmp_path / "r.zarr"), one)
+        assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
+
+    def test_a_flipped_bit_is_noticed(self, tmp_path):
+        store.save(xr.Dataset({"a": ("x", np.arange(64.0))}), tmp_path / "r.zarr")
+        chunk = tmp_path / "r.zarr" / "a" / "c" / "0"
+        data = bytearray(chunk.read_bytes())
+        data[len(data) // 2] ^= 1
+        chunk.write_bytes(data)
+        with pytest.raises(ValueError, match="checksum"):
+            store.load(tmp_path / "r.zarr")
+
+    def test_a_config_that_json_cannot_hold(self, blobs):
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            sweep(blobs, {"seed": [0]}, MODEL._replace(config={"f": print}))
+
+
+MEMORY = """
+import resource, sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 2)
+import bnjax
+rng = np.random.default_rng(0)
+def draw(n):
+    return rng.normal(size=(n, 784)).astype(np.float32), rng.integers(10, size=n).astype(np.int32)
+ds = bnjax.Dataset(*draw(2000), *draw(1000))
+config = bnjax.TrainConfig(steps=5)
+bnjax.sweep(bnjax.mlp(), ds, config, {"seed": range(int(sys.argv[1]))}, progress=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_grid():
+    """1,000 cells against 100, of the default network, each in a process of its own."""
+
+    def peak(cells):
+        return int(subprocess.check_output([sys.executable, "-c", MEMORY, str(cells)]))
+
+    assert peak(1000) <= 1.1 * peak(100)

@@ -1,0 +1,257 @@
+"""One run: it learns, agrees with a plain loop, is frozen when it diverges, and recompiles for nothing."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bnjax
+from bnjax import training
+
+MODEL = bnjax.mlp((16, 16), 4)
+
+
+def run(ds, hyper=None, model=MODEL, **options):
+    config = bnjax.TrainConfig(**{"steps": 40, "batch_size": 32} | options)
+    return jax.jit(bnjax.make_train(model, config))(hyper or bnjax.Hyperparams(), ds)
+
+
+def by_hand(ds, hyper, config, optimizer):
+    """The same run as a Python loop over explicit batches, with the optimizer's formula written out."""
+    params, stats = MODEL.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
+    state = jax.tree.map(jnp.zeros_like, (params, params))
+    losses, curves = [], []
+
+    @jax.jit
+    def gradient(params, stats, x, y):
+        def loss(params):
+            logits, new = MODEL.apply(params, stats, x, train=True)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), new
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    n = len(ds.train_x)
+    for step in range(config.steps):
+        epoch, position = divmod(step, n // config.batch_size)
+        order = jax.random.permutation(jax.random.fold_in(jax.random.key(config.data_seed), epoch), n)
+        batch = order[position * config.batch_size :][: config.batch_size]
+        (loss, stats), grads = gradient(params, stats, ds.train_x[batch], ds.train_y[batch])
+        params, state = optimizer(hyper, step + 1, params, grads, state)
+        losses.append(float(loss))
+        if step + 1 in config.eval_steps:
+            logits, _ = MODEL.apply(params, stats, ds.test_x, train=False)
+            accuracy = (logits.argmax(-1) == ds.test_y).mean()
+            curves.append((np.mean(losses), float(accuracy)))
+            losses = []
+    return np.array(curves).T
+
+
+def l2(h, params, grads):
+    return jax.tree.map(lambda g, p: g + (h.weight_decay * p if p.ndim > 1 else 0), grads, params)
+
+
+def sgd(h, t, params, grads, state):
+    velocity = jax.tree.map(lambda v, g: h.momentum * v + g, state[0], l2(h, params, grads))
+    return jax.tree.map(lambda p, v: p - h.learning_rate * v, params, velocity), (velocity, None)
+
+
+def adam_step(h, t, grads, state):
+    m = jax.tree.map(lambda m, g: h.momentum * m + (1 - h.momentum) * g, state[0], grads)
+    v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, state[1], grads)
+    direction = jax.tree.map(
+        lambda m, v: m / (1 - h.momentum**t) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8), m, v
+    )
+    return direction, (m, v)
+
+
+def adam(h, t, params, grads, state):
+    direction, state = adam_step(h, t, l2(h, params, grads), state)
+    return jax.tree.map(lambda p, d: p - h.learning_rate * d, params, direction), state
+
+
+def adamw(h, t, params, grads, state):
+    direction, state = adam_step(h, t, grads, state)
+    return jax.tree.map(lambda p, d: p - h.learning_rate * d, params, l2(h, params, direction)), state
+
+
+def rmsprop(h, t, params, grads, state):
+    nu = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g * g, state[1], l2(h, params, grads))
+    scaled = jax.tree.map(
+        lambda g, v: h.learning_rate * g / jnp.sqrt(v + 1e-8), l2(h, params, grads), nu
+    )
+    velocity = jax.tree.map(lambda m, s: h.momentum * m + s, state[0], scaled)
+    return jax.tree.map(lambda p, v: p - v, params, velocity), (velocity, nu)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "learning_rate"), [(sgd, 0.1), (adam, 0.01), (adamw, 0.01), (rmsprop, 0.003)]
+)
+def test_agrees_with_a_plain_loop(blobs, optimizer, learning_rate):
+    """20 steps in float32; a loss that is wrong in its formula is off by far more than 1e-3."""
+    hyper = bnjax.Hyperparams(3, 2.0, learning_rate, momentum=0.8, weight_decay=0.05)
+    config = bnjax.TrainConfig(steps=20, batch_size=48, optimizer=optimizer.__name__, eval_every=8)
+    history = jax.jit(bnjax.make_train(MODEL, config))(hyper, blobs)
+    losses, accuracies = by_hand(blobs, hyper, config, optimizer)
+    assert config.eval_steps == (8, 16, 20)
+    np.testing.assert_allclose(history.train_loss, losses, rtol=1e-3)
+    # an example near a boundary may fall either way: 2 of 128
+    np.testing.assert_allclose(history.test_accuracy, accuracies, atol=2.1 / 128)
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_learns(blobs, norm):
+    history = run(blobs, model=bnjax.mlp((16, 16), 4, norm=norm), steps=80, eval_every=20)
+    assert history.test_accuracy[-1] > 0.8  # chance is 0.25; a linear discriminant reaches 0.9
+    assert history.test_loss[-1] < history.test_loss[0]
+    assert not history.diverged
+    assert history.diverged_step == -1
+
+
+@pytest.mark.parametrize(("eval_every", "steps"), [(None, (7,)), (3, (3, 6, 7)), (7, (7,)), (50, (7,)), (1, range(1, 8))])
+def test_evaluations(blobs, eval_every, steps):
+    config = bnjax.TrainConfig(steps=7, batch_size=32, eval_every=eval_every)
+    assert config.eval_steps == tuple(steps)
+    history = jax.jit(bnjax.make_train(MODEL, config))(bnjax.Hyperparams(), blobs)
+    assert all(curve.shape == (len(config.eval_steps),) for curve in history[:4])
+
+
+def test_evaluating_more_often_changes_nothing_else(blobs):
+    """Up to rounding: XLA may fuse the two programs differently."""
+    often, rarely = run(blobs, eval_every=10), run(blobs)
+    np.testing.assert_allclose(often.test_loss[-1], rarely.test_loss[-1], rtol=1e-4)
+    np.testing.assert_allclose(often.train_loss.mean(), rarely.train_loss[-1], rtol=1e-4)
+
+
+def test_test_split_is_evaluated_whole(blobs, monkeypatch):
+    """In pieces of 50, 50 and 28."""
+    expected = run(blobs)
+    monkeypatch.setattr(training, "TEST_BATCH", 50)
+    found = run(blobs)
+    np.testing.assert_allclose(found.test_loss, expected.test_loss, rtol=1e-5)
+    np.testing.assert_allclose(found.test_accuracy, expected.test_accuracy, rtol=1e-6)
+
+
+class TestDivergence:
+    model = bnjax.mlp((16, 16), 4, norm="none", activation="linear")
+
+    def test_is_a_result_frozen_at_the_last_finite_state(self, blobs):
+        history = run(blobs, bnjax.Hyperparams(learning_rate=1e3), self.model, eval_every=1)
+        assert history.diverged
+        step = int(history.diverged_step)
+        assert 0 < step < 40
+        assert all(np.isfinite(curve).all() for curve in history[:4])
+        # evaluation e is taken after step e: those from the diverging step on show the state before it
+        for curve in history[:4]:
+            assert (curve[step:] == curve[-1]).all()
+        assert (history.test_loss[step - 1] == history.test_loss[-1]).all()
+        assert history.test_loss[0] != history.test_loss[-1]
+
+    def test_at_the_first_step(self, blobs):
+        history = run(blobs, bnjax.Hyperparams(init_scale=1e30), self.model)
+        assert history.diverged
+        assert history.diverged_step == 0
+        assert history.test_loss == history.train_loss == training.LARGEST
+        assert 0 <= history.test_accuracy <= 1
+
+    def test_the_first_step_may_be_the_last_finite_loss(self, blobs):
+        """A finite loss whose update overflows: the loss counts, the update does not."""
+        history = run(blobs, bnjax.Hyperparams(learning_rate=3e38, momentum=0.0), self.model)
+        untrained = run(blobs, bnjax.Hyperparams(learning_rate=1e-30), self.model)
+        assert history.diverged_step == 0
+        assert history.test_loss == untrained.test_loss
+        assert history.train_loss < 100
+
+    def test_a_run_that_does_not_diverge_is_not_touched(self, blobs):
+        assert not run(blobs, bnjax.Hyperparams(init_scale=1e4)).diverged
+
+
+def test_frozen_kernels_stay_even_under_weight_decay(blobs):
+    """Weights frozen, momentum and decay on: the network at step 40 still has its first kernels."""
+    model = bnjax.mlp((16,), 4, freeze_hidden=True)
+    seen = []
+
+    def apply(params, batch_stats, x, *, train):
+        outputs, stats = model.apply(params, batch_stats, x, train=train)
+        if not train:
+            jax.debug.callback(lambda k: seen.append(np.asarray(k)), stats["hidden_0"]["kernel"])
+        return outputs, stats
+
+    history = run(blobs, bnjax.Hyperparams(weight_decay=0.1), model._replace(apply=apply))
+    jax.effects_barrier()
+    params, stats = jax.jit(lambda: model.init(jax.random.key(0), (12,), 1.0))()
+    assert (seen[-1] == stats["hidden_0"]["kernel"]).all()
+    assert history.test_accuracy[-1] > 0.5  # the output layer and BN's scale and bias do learn
+
+
+def test_order_of_the_data_has_its_own_seed(blobs):
+    one, again, other = run(blobs), run(blobs, data_seed=0), run(blobs, data_seed=1)
+    assert one.train_loss == again.train_loss
+    assert one.train_loss != other.train_loss
+
+
+def test_every_epoch_shows_each_example_once(blobs):
+    """With the batch size dividing the split; the labels stand for the examples."""
+    seen = []
+    numbered = blobs._replace(train_x=np.arange(256, dtype=np.float32)[:, None], test_x=np.zeros((1, 1), np.float32), test_y=blobs.test_y[:1])
+
+    def apply(params, batch_stats, x, *, train):
+        if train:
+            jax.debug.callback(lambda x: seen.append(np.asarray(x).ravel()), x, ordered=True)
+        return x @ params["w"], batch_stats
+
+    model = bnjax.Model(lambda key, shape, init_scale: ({"w": jnp.zeros((1, 4))}, {}), apply)
+    run(numbered, model=model, steps=12, batch_size=64)
+    jax.effects_barrier()
+    epochs = np.concatenate(seen).reshape(3, 256)
+    assert (np.sort(epochs) == np.arange(256)).all()
+    for a, b in itertools.combinations(epochs, 2):
+        assert (a != b).any()
+
+
+def test_hyperparameters_are_traced_and_recompile_nothing(blobs):
+    train = jax.jit(bnjax.make_train(MODEL, bnjax.TrainConfig(steps=2, batch_size=32)))
+    for seed, scale in [(0, 1.0), (1, 2.0), (2, 0.1)]:
+        train(bnjax.Hyperparams(np.uint32(seed), np.float32(scale)), blobs)
+    assert train._cache_size() == 1
+
+
+@pytest.mark.usefixtures("x64")
+def test_runs_with_x64_on(blobs):
+    assert run(blobs, eval_every=15).test_accuracy.shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps must be a positive integer, got 0"),
+        ({"batch_size": -3}, "batch_size must be a positive integer, got -3"),
+        ({"eval_every": 0}, "eval_every must be a positive integer, got 0"),
+        ({"optimizer": "sdg"}, r"unknown optimizer 'sdg' \(did you mean 'sgd'\?\); allowed: sgd, adam"),
+        ({"data_seed": -1}, r"data_seed must be an integer in \[0, 2\^32\), got -1"),
+    ],
+)
+def test_bad_config(options, words):
+    with pytest.raises(ValueError, match=words):
+        bnjax.TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train_y": np.zeros(3, np.int32)}, "the train split has 256 examples and 3 labels"),
+        ({"test_x": np.zeros((128, 5), np.float32)}, r"\(12,\) and test examples \(5,\) differ"),
+        ({"test_y": np.full(128, 4, np.int32)}, r"test labels must be in \[0, 4\), .* got 4 to 4"),
+        ({"train_x": np.zeros((256, 12), np.uint8)}, "train_x must be floating point, got uint8"),
+    ],
+)
+def test_bad_data(blobs, change, words):
+    with pytest.raises(ValueError, match=words):
+        training.check(MODEL, blobs._replace(**change), bnjax.TrainConfig(batch_size=32))
+
+
+def test_batch_larger_than_the_data(blobs):
+    with pytest.raises(ValueError, match="batch_size must be at most the 256 training examples, got 257"):
+        run(blobs, batch_size=257)
