@@ -21,6 +21,7 @@ import math
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from jax.nn import initializers as jax_initializers
 from jaxtyping import Array, Float, Key
@@ -54,6 +55,16 @@ def _centred_uniform(key, shape, dtype):
     return jax_initializers.uniform(2 * bound)(key, shape, dtype) - bound
 
 
+def _orthogonal(key, shape, dtype):
+    # One matrix at a time, even under vmap: LAPACK's QR of a batch waits for threads of the pool it runs
+    # on itself, and with one XLA device per core it waits for ever (seen with jaxlib 0.10.2).
+    @jax.custom_batching.sequential_vmap
+    def draw(key):
+        return jax_initializers.orthogonal()(key, shape, dtype)
+
+    return draw(key)
+
+
 random_normal = _scaled(jax_initializers.normal(1.0))
 uniform = _scaled(_centred_uniform)
 glorot_uniform = _scaled(jax_initializers.glorot_uniform())
@@ -61,7 +72,7 @@ glorot_normal = _scaled(jax_initializers.glorot_normal())
 he_uniform = _scaled(jax_initializers.he_uniform())
 he_normal = _scaled(jax_initializers.he_normal())
 lecun_normal = _scaled(jax_initializers.lecun_normal())
-orthogonal = _scaled(jax_initializers.orthogonal())
+orthogonal = _scaled(_orthogonal)
 
 INITIALIZERS = MappingProxyType(
     {

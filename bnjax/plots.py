@@ -45,6 +45,7 @@ def robustness(
             markersize=4.5,
             linestyle="--" if name in baselines else "-",
             label=str(name),
+            zorder=2 if name in baselines else 3,
         )
     level = threshold * float(accuracy.median("seed").max())
     for y, text in ((level, f" {threshold:.4g} of\n the best"), (100 * chance, " chance")):
@@ -57,7 +58,7 @@ def robustness(
         title=title,
     )
     if len(scales) > 1:
-        axes.set_xlim(scales[0], scales[-1])
+        axes.set_xlim(scales[0] / 1.3, scales[-1] * 1.3)  # so that no marker is cut
         decades = np.arange(np.ceil(np.log10(scales[0])), np.floor(np.log10(scales[-1])) + 1)
         if 2 <= len(decades) <= 17:
             axes.set_xticks(10.0**decades)

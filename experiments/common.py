@@ -3,16 +3,15 @@
 import math
 import os
 import shlex
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import absl.logging
 import jax
 import numpy as np
 import xarray as xr
+from absl import flags, logging
 from rich.console import Console
 
 from bnjax.sweeps import store
@@ -27,7 +26,7 @@ def fail(message: str) -> SystemExit:
 
 def prepare_process() -> None:
     """One XLA device per core on CPU, unless set otherwise; no chatter. To be called before JAX's first array."""
-    absl.logging.set_verbosity(absl.logging.WARNING)
+    logging.set_verbosity(logging.WARNING)
     if jax.config.jax_num_cpu_devices == -1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jax.config.update("jax_num_cpu_devices", cores)
@@ -141,10 +140,17 @@ def _check_writable(folder: Path) -> None:
         raise OSError(f"--out={folder} cannot be written: {error.strerror or error}") from None
 
 
-def command() -> str:
-    """The command line of this run, as a user would type it."""
-    script = f"python -m experiments.{Path(sys.argv[0]).stem}"
-    return shlex.join([*script.split(), *sys.argv[1:]])
+def command(script: str, **changes: Any) -> str:
+    """The command line of this run, with `changes` to its flags.
+
+    Args:
+      script: its name; it is the module that defines the flag --out.
+      changes: {flag: value}.
+    """
+    values = flags.FLAGS.get_flags_for_module(flags.FLAGS.find_module_defining_flag("out"))
+    words = [flag.serialize() for flag in values if flag.present and flag.name not in changes]
+    words += [f"--{name}={value}" for name, value in changes.items()]
+    return shlex.join(["python", "-m", f"experiments.{script}", *words])
 
 
 def console() -> Console:

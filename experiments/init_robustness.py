@@ -60,6 +60,7 @@ flags.DEFINE_string("out", "results/init_robustness", "Output folder.")
 flags.DEFINE_bool("overwrite", False, "Replace results of another configuration in the output folder.")
 flags.DEFINE_integer("width", None, "Cells vmapped together on one device. Default: chosen.", lower_bound=1)
 
+SCRIPT = "init_robustness"
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
 NORM_NAMES = {"batch": "BN", "none": "no BN"}
 
@@ -118,7 +119,7 @@ def run(argv: list[str]) -> xr.Dataset:
     results.attrs |= {
         "data": data_args,
         "num_classes": int(ds.train_y.max()) + 1,
-        "command": common.command(),
+        "command": common.command(SCRIPT),
     }
     store.save(results, folder / common.RESULTS, overwrite=FLAGS.overwrite)
     return results
@@ -175,7 +176,7 @@ def report(results: xr.Dataset, folder: Path) -> None:
     figure.savefig(folder / "accuracy.png")
     print(f"figure:   {folder / 'accuracy.png'}")
     print(f"results:  {folder / common.RESULTS}   (bnjax.load_results opens it)")
-    print(f"continue: {results.attrs['command']} --seeds=20 --out={folder}-20-seeds")
+    print(f"continue: {common.command(SCRIPT, seeds='20', out=f'{folder}-20-seeds')}")
 
 
 def table(accuracy: xr.DataArray, summaries: dict, results: xr.Dataset) -> Table:

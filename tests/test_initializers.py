@@ -49,5 +49,7 @@ def test_init_scale_may_be_traced_and_multiplies_one_and_the_same_draw():
 
 
 def test_unknown_name_lists_the_known_and_suggests_the_nearest():
-    with pytest.raises(ValueError, match=r"unknown initializer 'he_norml' \(did you mean 'he_normal'\?\); allowed: ran"):
+    with pytest.raises(
+        ValueError, match=r"unknown initializer 'he_norml' \(did you mean 'he_normal'\?\); allowed: ran"
+    ):
         initializers.get("he_norml")

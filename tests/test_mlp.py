@@ -68,7 +68,12 @@ def kernels(model, init_scale=1.0):
 
 def test_same_draw_whatever_the_norm_its_position_and_freezing():
     expected = kernels(bnjax.mlp((5, 4), 3, norm="none"))
-    for options in ({}, {"norm_position": "after_activation"}, {"freeze_hidden": True}, {"activation": "tanh"}):
+    for options in (
+        {},
+        {"norm_position": "after_activation"},
+        {"freeze_hidden": True},
+        {"activation": "tanh"},
+    ):
         found = kernels(bnjax.mlp((5, 4), 3, **options))
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, expected))
 
@@ -126,9 +131,13 @@ class TestLayers:
         gradients = jax.grad(loss)(jax.tree.map(jnp.zeros_like, shown))
         # The rest of the network from the last hidden activation on, by hand:
         kernel = self.params["output"]["kernel"]
-        np.testing.assert_allclose(gradients["hidden_1/activation"], 2 * shown["output"] @ kernel.T, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            gradients["hidden_1/activation"], 2 * shown["output"] @ kernel.T, rtol=1e-5, atol=1e-5
+        )
         # and a layer's gradient is what its input's weights see: dL/dW = x^T dL/d(xW)
-        weight_gradient = jax.grad(lambda p: jnp.sum(self.model.apply(p, self.stats, X, train=True)[0] ** 2))(self.params)
+        weight_gradient = jax.grad(lambda p: jnp.sum(self.model.apply(p, self.stats, X, train=True)[0] ** 2))(
+            self.params
+        )
         expected = shown["hidden_0/activation"].T @ gradients["hidden_1/preactivation"]
         np.testing.assert_allclose(weight_gradient["hidden_1"]["kernel"], expected, rtol=1e-4, atol=1e-5)
 
@@ -157,7 +166,10 @@ def test_no_hidden_layer_is_a_linear_classifier():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"activation": "rlu"}, r"unknown activation 'rlu' \(did you mean 'relu'\?\); allowed: relu, sigmoid"),
+        (
+            {"activation": "rlu"},
+            r"unknown activation 'rlu' \(did you mean 'relu'\?\); allowed: relu, sigmoid",
+        ),
         ({"norm": "layer"}, "unknown norm 'layer'.*allowed: batch, none"),
         ({"norm_position": "before"}, "unknown norm_position 'before'"),
         ({"initializer": "xavier"}, "unknown initializer 'xavier'; allowed"),

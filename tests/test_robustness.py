@@ -40,7 +40,9 @@ def results(accuracy, diverged=None, rates=None):
     """[model, seed, scale(, rate)] accuracies as a sweep would return them, scales descending."""
     accuracy = np.asarray(accuracy, float)
     dims = ("model", "seed", "init_scale") + (("learning_rate",) if rates else ())
-    coords = {"model": ["a", "b"], "init_scale": [10.0, 1.0, 0.1]} | ({"learning_rate": rates} if rates else {})
+    coords = {"model": ["a", "b"], "init_scale": [10.0, 1.0, 0.1]} | (
+        {"learning_rate": rates} if rates else {}
+    )
     diverged = np.zeros(accuracy.shape, bool) if diverged is None else diverged
     return xr.Dataset(
         {"test_accuracy": ((*dims, "step"), accuracy[..., None]), "diverged": (dims, diverged)},
@@ -114,8 +116,14 @@ def test_of_several_learning_rates_the_best_per_scale_counts():
     ("call", "words"),
     [
         (lambda a: robustness.summarize(a, [0.0]), r"threshold must be in \(0, 1\], got 0.0"),
-        (lambda a: robustness.summarize(a, [0.8], baselines={"a": "c"}), "a baseline must be one of .* got 'c'"),
-        (lambda a: robustness.final_accuracy(results(TWO).isel(seed=0), 0.1), "robustness needs the dimensions"),
+        (
+            lambda a: robustness.summarize(a, [0.8], baselines={"a": "c"}),
+            "a baseline must be one of .* got 'c'",
+        ),
+        (
+            lambda a: robustness.final_accuracy(results(TWO).isel(seed=0), 0.1),
+            "robustness needs the dimensions",
+        ),
     ],
 )
 def test_bad_input(call, words):

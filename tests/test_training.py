@@ -79,9 +79,7 @@ def adamw(h, t, params, grads, state):
 
 def rmsprop(h, t, params, grads, state):
     nu = jax.tree.map(lambda v, g: 0.9 * v + 0.1 * g * g, state[1], l2(h, params, grads))
-    scaled = jax.tree.map(
-        lambda g, v: h.learning_rate * g / jnp.sqrt(v + 1e-8), l2(h, params, grads), nu
-    )
+    scaled = jax.tree.map(lambda g, v: h.learning_rate * g / jnp.sqrt(v + 1e-8), l2(h, params, grads), nu)
     velocity = jax.tree.map(lambda m, s: h.momentum * m + s, state[0], scaled)
     return jax.tree.map(lambda p, v: p - v, params, velocity), (velocity, nu)
 
@@ -110,7 +108,9 @@ def test_learns(blobs, norm):
     assert history.diverged_step == -1
 
 
-@pytest.mark.parametrize(("eval_every", "steps"), [(None, (7,)), (3, (3, 6, 7)), (7, (7,)), (50, (7,)), (1, range(1, 8))])
+@pytest.mark.parametrize(
+    ("eval_every", "steps"), [(None, (7,)), (3, (3, 6, 7)), (7, (7,)), (50, (7,)), (1, range(1, 8))]
+)
 def test_evaluations(blobs, eval_every, steps):
     config = bnjax.TrainConfig(steps=7, batch_size=32, eval_every=eval_every)
     assert config.eval_steps == tuple(steps)
@@ -181,7 +181,7 @@ def test_frozen_kernels_stay_even_under_weight_decay(blobs):
 
     history = run(blobs, bnjax.Hyperparams(weight_decay=0.1), model._replace(apply=apply))
     jax.effects_barrier()
-    params, stats = jax.jit(lambda: model.init(jax.random.key(0), (12,), 1.0))()
+    _, stats = jax.jit(lambda: model.init(jax.random.key(0), (12,), 1.0))()
     assert (seen[-1] == stats["hidden_0"]["kernel"]).all()
     assert history.test_accuracy[-1] > 0.5  # the output layer and BN's scale and bias do learn
 
@@ -195,7 +195,11 @@ def test_order_of_the_data_has_its_own_seed(blobs):
 def test_every_epoch_shows_each_example_once(blobs):
     """With the batch size dividing the split; the labels stand for the examples."""
     seen = []
-    numbered = blobs._replace(train_x=np.arange(256, dtype=np.float32)[:, None], test_x=np.zeros((1, 1), np.float32), test_y=blobs.test_y[:1])
+    numbered = blobs._replace(
+        train_x=np.arange(256, dtype=np.float32)[:, None],
+        test_x=np.zeros((1, 1), np.float32),
+        test_y=blobs.test_y[:1],
+    )
 
     def apply(params, batch_stats, x, *, train):
         if train:

@@ -64,8 +64,8 @@ def load(
         OSError: an archive or a prepared copy is damaged, or is not what it should be; the message
             names it. Nothing half-prepared is left behind.
     """
-    choices.check("data set", name, NAMES)
-    choices.check("standardization", standardize, standardization.PER)
+    choices.check("dataset", name, NAMES)
+    choices.check("standardize", standardize, standardization.PER)
     builders = _import_builders()
     source = builders.SOURCES[name]
     available = source.num_examples["train"]
@@ -187,9 +187,12 @@ def _prepare(builders: ModuleType, source, folder: Path, root: Path, manual_dir:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[bool]:
-    """Waits for an exclusive lock. Yields whether there is one: some network file systems have none."""
-    import fcntl  # here, because the rest of the package works where this module does not exist
-
+    """Waits for an exclusive lock. Yields whether there is one: Windows and some file systems have none."""
+    try:
+        import fcntl
+    except ImportError:
+        yield False
+        return
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)

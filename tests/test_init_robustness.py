@@ -1,0 +1,224 @@
+"""The main experiment: its text forms, its refusals, and its whole run at a tiny size."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+
+import bnjax
+from experiments import common, init_robustness
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "train_examples": 300,
+    "steps": 15,
+    "batch_size": 50,
+    "depth": 1,
+    "hidden_width": 8,
+    "seeds": "2",
+    "init_scales": "0.01,1,100",
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def main(data_dir, tmp_path):
+    """Runs the experiment in this process, with flags over the tiny ones; the output folder is tmp_path/out."""
+
+    def call(**options):
+        values = TINY | {"data_dir": data_dir, "out": str(tmp_path / "out")} | options
+        argv = ["init_robustness.py", *(f"--{name}={value}" for name, value in values.items())]
+        flags.FLAGS.unparse_flags()
+        for name in flags.FLAGS:
+            flags.FLAGS[name].unparse()
+        try:
+            init_robustness.main(flags.FLAGS(argv))
+        finally:
+            flags.FLAGS.unparse_flags()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [("0.1,1,10", [0.1, 1, 10]), ("1e-4:1e4:5", [1e-4, 1e-2, 1, 1e2, 1e4]), ("3", [3])],
+)
+def test_scales_as_text(text, values):
+    assert common.parse_floats("init_scales", text) == values
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1,", "1:2", "1:2:3:4", "2:1:3", "0:1:3", "1:2:1", "a", "1:inf:3", "1:2:2.5"]
+)
+def test_malformed_scales(text):
+    with pytest.raises(ValueError, match=r"--init_scales.*" + re.escape(repr(text))):
+        common.parse_floats("init_scales", text)
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3", [0, 1, 2]), ("5:8", [5, 6, 7]), ("4,2", [4, 2])])
+def test_seeds_as_text(text, seeds):
+    assert common.parse_seeds("seeds", text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-2", "3:3", "1.5", "1:2:3", "x"])
+def test_malformed_seeds(text):
+    with pytest.raises(ValueError, match=r"--seeds takes .*" + re.escape(repr(text))):
+        common.parse_seeds("seeds", text)
+
+
+@pytest.mark.parametrize(
+    ("scale", "text"), [(1, "1"), (0.0316, "0.0316"), (1e-4, "1e-4"), (3.16e4, "3.16e4")]
+)
+def test_scale_text(scale, text):
+    assert init_robustness.scale_text(scale) == text
+
+
+def test_whole_run(main, tmp_path, capsys):
+    main()
+    out = capsys.readouterr().out
+    for words in (
+        "Robust range",
+        "q = 0.7",
+        "q = 0.8",
+        "q = 0.9",
+        "q = 0.95",
+        "no BN",
+        "BN, hidden frozen",
+        "vs frozen",
+    ):
+        assert words in out
+    assert (tmp_path / "out" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    results = bnjax.load_results(tmp_path / "out" / "results.zarr")
+    assert results.test_accuracy.dims == ("model", "seed", "init_scale", "learning_rate", "step")
+    assert results.model.values.tolist() == ["BN", "no BN", "BN, hidden frozen"]
+    assert results.attrs["data"]["train_examples"] == 300
+    assert results.attrs["config"]["batch_size"] == 50
+    assert "jax" in results.attrs["versions"]
+    assert results.attrs["command"].startswith("python -m experiments.init_robustness --")
+    assert "--train_examples=300" in results.attrs["command"]
+    assert "--seeds=20 " in out.splitlines()[-1]
+    assert "--seeds=2 " not in out.splitlines()[-1]
+
+    # The same again trains nothing and shows the same table.
+    main()
+    again = capsys.readouterr().out
+    assert "nothing to train" in again
+    assert [line for line in again.splitlines() if "│" in line] == [
+        line for line in out.splitlines() if "│" in line
+    ]
+
+    # Another configuration is refused, unless it may replace what is there.
+    with pytest.raises(SystemExit, match=r"holds other results \(config: steps 15 there, 16 asked for\)"):
+        main(steps=16)
+    assert bnjax.load_results(tmp_path / "out" / "results.zarr").attrs["config"]["steps"] == 15
+    main(steps=16, overwrite=True)
+    assert bnjax.load_results(tmp_path / "out" / "results.zarr").attrs["config"]["steps"] == 16
+
+
+def test_learning_rates_and_initializers(main, capsys, tmp_path):
+    main(
+        learning_rates="0.01,0.1",
+        initializers="he_normal,orthogonal",
+        norms="batch",
+        seeds="3:4",
+        activation="tanh",
+    )
+    out = capsys.readouterr().out
+    assert "Learning rate of the best median" in out
+    results = bnjax.load_results(tmp_path / "out" / "results.zarr")
+    assert results.model.values.tolist() == [
+        "BN, he_normal",
+        "BN, hidden frozen, he_normal",
+        "BN, orthogonal",
+        "BN, hidden frozen, orthogonal",
+    ]
+    assert results.seed.values.tolist() == [3]
+    assert results.attrs["models"]["BN, orthogonal"]["activation"] == "tanh"
+    assert np.isfinite(results.test_loss).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"dataset": "fashion"},
+            r"unknown dataset 'fashion'.*did you mean 'fashion_mnist'.*allowed: fashion_mnist_mini",
+        ),
+        ({"norms": "batch,layer"}, "unknown norm 'layer'.*allowed: batch, none"),
+        ({"norms": "none,none"}, "must not repeat a name, got 'no BN' twice"),
+        ({"activation": "sigmod"}, "unknown activation 'sigmod'.*did you mean 'sigmoid'"),
+        ({"initializers": "he"}, "unknown initializer 'he'.*allowed: random_normal"),
+        ({"optimizer": "adma"}, "unknown optimizer 'adma'.*did you mean 'adam'"),
+        ({"standardize": "pixel"}, "unknown standardiz.* 'pixel'"),
+        ({"init_scales": "1,-1"}, "init_scale must be > 0 .*, got -1.0"),
+        ({"init_scales": "1,nan"}, "init_scale must be > 0 .*, got nan"),
+        ({"init_scales": "1,1"}, "axis init_scale has duplicate values: 1"),
+        ({"init_scales": "1..2"}, "--init_scales takes numbers"),
+        ({"learning_rates": "0"}, "learning_rate must be > 0"),
+        ({"seeds": "one"}, "--seeds takes a count"),
+        ({"momentum": "1"}, "momentum .* must be below 1"),
+        ({"weight_decay": "-1"}, "weight_decay must be >= 0"),
+        ({"epsilon": "-1"}, "epsilon must be >= 0, got -1"),
+        ({"steps": 0}, "steps must be a positive integer, got 0"),
+        ({"batch_size": -1}, "batch_size must be a positive integer, got -1"),
+        ({"batch_size": 1}, "--batch_size=1 with BN: a batch of one has no variance"),
+        ({"batch_size": 301}, "batch_size must be at most the 300 training examples, got 301"),
+        ({"train_examples": 10_001}, "train_examples .* 10001.* 1 to 10000"),
+        ({"threshold": 1.5}, r"--threshold must be in \(0, 1\], got 1.5"),
+    ],
+)
+def test_bad_input_before_any_work(main, monkeypatch, tmp_path, options, words):
+    monkeypatch.setattr(bnjax.sweeps.run, "run_cells", lambda *_: pytest.fail("work was started"))
+    with pytest.raises(SystemExit, match=words) as error:
+        main(**options)
+    assert str(error.value).startswith("error: ")  # a text: Python prints it to stderr and exits with 1
+    assert not (tmp_path / "out" / "results.zarr").exists()
+
+
+def test_output_folder_with_other_files_is_not_touched(main, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(SystemExit, match=r"is not empty and holds no results\.zarr"):
+        main()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_output_folder_that_cannot_be_written(main, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"--out=.*file/out cannot be written"):
+        main(out=str(tmp_path / "file" / "out"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [("--stepz=3", "Unknown command line flag 'stepz'. Did you mean: steps"), ("--depth=0", "depth")],
+)
+def test_as_a_command(tmp_path, flag, words):
+    """Through `python -m`: the exit status and where the message goes."""
+    command = [sys.executable, "-m", "experiments.init_robustness", flag, f"--out={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode != 0
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_main_job_at_its_defaults(tmp_path):
+    """The headline on the embedded data: at 80%, BN over the whole grid of 8 decades, no BN under 3."""
+    command = [sys.executable, "-m", "experiments.init_robustness"]
+    paths = [f"--out={tmp_path / 'out'}", f"--data_dir={tmp_path / 'data'}"]
+    subprocess.run([*command, *paths], cwd=ROOT, check=True, capture_output=True)
+    results = bnjax.load_results(tmp_path / "out" / "results.zarr")
+    accuracy = bnjax.sweeps.robustness.final_accuracy(results, chance=0.1)
+    summaries = bnjax.sweeps.robustness.summarize(accuracy, [0.8])
+    assert summaries["BN"][0.8].range.decades == pytest.approx(8)
+    assert summaries["no BN"][0.8].range.decades < 3

@@ -1,0 +1,166 @@
+"""The project itself: the direction of imports, its requirements, its wheel, and what its README says."""
+
+import ast
+import itertools
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import bnjax
+from bnjax.sweeps import robustness
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+# Data flows down: a module imports only from lines above its own.
+ORDER = [
+    "types",
+    "choices",
+    "batch_norm",
+    "initializers",
+    "models.mlp",
+    "data.standardization",
+    "data.builders",
+    "data.loading",
+    "data",
+    "data.make_fashion_mnist_mini",
+    "training",
+    "sweeps.grid",
+    "sweeps.plan",
+    "sweeps.progress",
+    "sweeps.store",
+    "sweeps.run",
+    "sweeps.robustness",
+    "plots",
+    "__init__",
+]
+EMPTY = {"models.__init__", "sweeps.__init__"}
+ONLY_IN = {"matplotlib": {"plots"}, "tensorflow_datasets": {"data.builders"}, "absl": set(), "flax": set()}
+
+
+def module_name(path):
+    name = ".".join(path.relative_to(ROOT / "bnjax").with_suffix("").parts)
+    return "data" if name == "data.__init__" else name
+
+
+def imports(path):
+    """The modules that a file imports, as full names; `from a import b` is a.b if that is a module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                inside = ROOT / Path(*node.module.split("."), alias.name)
+                is_module = inside.with_suffix(".py").exists() or inside.is_dir()
+                yield f"{node.module}.{alias.name}" if is_module else node.module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bnjax").rglob("*.py")), ids=module_name)
+def test_direction_of_imports(path):
+    name = module_name(path)
+    found = list(imports(path))
+    if name in EMPTY:
+        assert found == []
+        return
+    above = ORDER[: ORDER.index(name)]
+    for module in found:
+        package, _, local = module.partition(".")
+        if package == "bnjax":
+            assert local in above, f"bnjax.{name} must not import {module}"
+        if package in ONLY_IN:
+            assert name in ONLY_IN[package], f"bnjax.{name} must not import {package}"
+
+
+def test_importing_the_library_imports_nothing_heavy_or_optional():
+    code = "import sys, bnjax; print(*{m.partition('.')[0] for m in sys.modules})"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).split()
+    assert not {"tensorflow_datasets", "array_record", "platformdirs", "matplotlib", "flax", "absl"} & {
+        *loaded
+    } - {
+        "absl"  # jax's own dependencies may import it
+    }
+
+
+def test_requirements_are_the_dependencies_and_extras():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    listed = [line for line in lines if line and not line.startswith("#")]
+    assert sorted(listed) == sorted(d for d in declared if not d.startswith("bnjax["))
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_its_data_and_nothing_else(tmp_path):
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "results", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "-w",
+        tmp_path,
+        tmp_path / "source",
+    ]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        "bnjax/data/fashion_mnist_mini.npz",
+        "bnjax/data/FASHION_MNIST_LICENSE",
+        "bnjax/models/mlp.py",
+    } <= names
+    assert {name.partition("/")[0].split("-")[0] for name in names} == {"bnjax"}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda s: s.split("\n")[0]
+)
+def test_readme_snippet(snippet, tmp_path, monkeypatch):
+    """As a user would run it: on its own, in an empty folder, with an empty cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_sweeping_a_users_own_network_takes_at_most_ten_lines():
+    (snippet,) = (s for s in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "flax" in s)
+    sweep = snippet.split("\n\n")[-1]
+    assert "bnjax.sweep" in sweep
+    assert len(sweep.strip().splitlines()) <= 10
+
+
+def readme_rows():
+    """(activation, network, threshold, decades) for each figure of the README's table of ranges."""
+    (table,) = re.findall(r"\| network \| q = 0.7 .*?\n\n", README, re.DOTALL)
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()
+    ]
+    for label, *cells in rows:
+        activation, network = label.split(", ", 1)
+        for title, cell in zip(header[1:], cells, strict=True):
+            yield activation, network, float(title.removeprefix("q = ")), cell
+
+
+@pytest.mark.parametrize(("activation", "network", "threshold", "cell"), list(readme_rows()))
+def test_readme_table_is_the_stored_result(activation, network, threshold, cell):
+    results = bnjax.load_results(ROOT / "docs" / "results" / f"{activation}.zarr")
+    accuracy = robustness.final_accuracy(results, 1 / results.attrs["num_classes"])
+    found = robustness.summarize(accuracy, [threshold])[network][threshold]
+
+    def text(r):
+        return (
+            "-" if r.decades != r.decades else f"{'≥ ' if r.open_low or r.open_high else ''}{r.decades:.1f}"
+        )
+
+    assert cell == f"{text(found.range)} [{text(found.interval[0])}, {text(found.interval[1])}]"
