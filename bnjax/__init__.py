@@ -7,6 +7,7 @@ from bnjax.sweeps.store import load as load_results
 from bnjax.sweeps.store import save as save_results
 from bnjax.training import TrainConfig, make_train
 from bnjax.types import BatchNormParams, BatchStats, Dataset, History, Hyperparams, Model
+from bnjax.version import __version__
 
 __all__ = [
     "BatchNormParams",
@@ -16,6 +17,7 @@ __all__ = [
     "Hyperparams",
     "Model",
     "TrainConfig",
+    "__version__",
     "batch_norm",
     "data",
     "initializers",

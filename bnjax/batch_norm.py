@@ -26,6 +26,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Num
 
 from bnjax.types import Array, BatchNormParams, BatchStats
@@ -57,7 +58,7 @@ def apply(
     *,
     train: bool,
     momentum: float | None = 0.99,
-    epsilon: Float[Array, ""] | float = 1e-5,
+    epsilon: ArrayLike = 1e-5,
     axis: int | Sequence[int] = -1,
     mask: Bool[Array, "..."] | None = None,
     axis_name: str | Sequence[str] | None = None,
@@ -76,7 +77,8 @@ def apply(
 
     Args:
       params: scale and bias, [C].
-      stats: running mean and variance [C], count []. No gradient flows into the returned ones.
+      stats: running mean and variance [C], count []. No gradient flows
+        through the returned ones.
       x: [N, ..., C], or with the features on `axis`.
       train: Python bool.
       momentum: weight of the old running value, in [0, 1], or None. Not the optimizer's momentum.
@@ -95,7 +97,7 @@ def apply(
       TypeError: if x is not floating point.
       ValueError: if shapes do not fit, or `momentum`, `epsilon` or `axis` is out of range.
     """
-    x, features, reduced, mask = _check(x, epsilon, axis, mask)
+    x, epsilon, features, reduced, mask = _check(x, epsilon, axis, mask)
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be None or in [0, 1], got {momentum}")
     shape = tuple(x.shape[a] for a in features)
@@ -119,7 +121,7 @@ def apply(
 
 def normalize(
     x: Num[Array, "..."],
-    epsilon: Float[Array, ""] | float = 1e-5,
+    epsilon: ArrayLike = 1e-5,
     axis: int | Sequence[int] = -1,
     mask: Bool[Array, "..."] | None = None,
     axis_name: str | Sequence[str] | None = None,
@@ -144,7 +146,7 @@ def normalize(
       TypeError: if x is not floating point.
       ValueError: if `axis` or `epsilon` is out of range or `mask` does not broadcast.
     """
-    x, _, reduced, mask = _check(x, epsilon, axis, mask)
+    x, epsilon, _, reduced, mask = _check(x, epsilon, axis, mask)
     return _standardize(x, epsilon, mask, reduced, axis_name)[0].astype(x.dtype)
 
 
@@ -175,7 +177,7 @@ def _standardize_jvp(reduced, axis_name, primals, tangents):
     dx = dx.astype(x_hat.dtype)
     if mask is not None:
         dx = jnp.where(mask, dx, 0)
-    mean_of, _ = _averager(x, mask, reduced, axis_name)
+    mean_of, _ = _averager(x_hat, mask, reduced, axis_name)  # counts in the precision of x_hat
     dmean = mean_of(dx)
     covariance = mean_of(x_hat * dx)  # = d(var) / (2 sigma)
     dlog_sigma = inv_sigma * (covariance + 0.5 * inv_sigma * depsilon)
@@ -190,10 +192,7 @@ def _standardize_jvp(reduced, axis_name, primals, tangents):
 
 def _update(stats, mean, var, count, momentum, debias):
     """The running statistics after one more batch."""
-    mean, var = (
-        lax.stop_gradient(s).reshape(r.shape).astype(r.dtype)
-        for s, r in ((mean, stats.mean), (var, stats.var))
-    )
+    mean, var = (s.reshape(r.shape).astype(r.dtype) for s, r in ((mean, stats.mean), (var, stats.var)))
     batches = stats.count + 1
     t = batches.astype(mean.dtype)
     if momentum is None or (debias and momentum == 1):
@@ -207,7 +206,8 @@ def _update(stats, mean, var, count, momentum, debias):
         var=stats.var + weight * (var - stats.var),
         count=batches,
     )
-    return jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), updated, stats)
+    updated = jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), updated, stats)
+    return lax.stop_gradient(updated)
 
 
 def _averager(x, mask, reduced, axis_name):
@@ -266,8 +266,8 @@ def _check(x, epsilon, axis, mask):
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if not isinstance(epsilon, jax.core.Tracer) and not epsilon >= 0:
-        raise ValueError(f"epsilon must be >= 0, got {epsilon}")
+    if not isinstance(epsilon, jax.core.Tracer) and not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must be >= 0 and finite, got {epsilon}")
     features, reduced = _split_axes(x, axis)
     if mask is not None:
         shape = _ones_at(x, features)
@@ -277,4 +277,5 @@ def _check(x, epsilon, axis, mask):
             raise ValueError(
                 f"mask {jnp.shape(mask)} must broadcast to {shape}, x being {x.shape} with features on {axis}"
             ) from None
-    return x, features, reduced, mask
+    epsilon = jnp.asarray(epsilon, jnp.promote_types(x.dtype, jnp.float32))
+    return x, epsilon, features, reduced, mask

@@ -12,7 +12,7 @@ def check(argument: str, name: str, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if name in allowed:
         return
-    nearest = difflib.get_close_matches(str(name), allowed, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(str(name).lower(), allowed, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
     raise ValueError(f"unknown {argument} {name!r}{hint}; allowed: {', '.join(allowed)}")
 

@@ -27,6 +27,9 @@ def robustness(
       chance: the accuracy of guessing, drawn as a line.
       baselines: the networks drawn dashed.
       title: above the figure.
+
+    Returns:
+      A matplotlib figure: accuracy in per cent over init_scale, a factor, on a logarithmic axis.
     """
     best = accuracy.median("seed").fillna(0).argmax("learning_rate")
     accuracy = 100 * accuracy.isel(learning_rate=best)

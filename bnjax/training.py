@@ -8,10 +8,13 @@ new shuffle each epoch (an incomplete last batch is dropped), and evaluates on t
 `config.eval_every` steps, with running statistics. It has no side effects: jit it, vmap it over `hyper`.
 
 A run diverges at the first step whose loss, or whose updated parameters or batch statistics, are not
-finite. It is then frozen at its last finite state, and its history goes on with that state's figures. A
-loss that is not finite even there (an overflow at initialization) is recorded as the largest float32.
+finite. It is then frozen at the last state whose own loss was finite, and its history goes on with that
+state's figures. A test loss that is not finite (of a network that is infinite from the start, or between
+the step that ruined it and the next one's loss, which shows it) is recorded as the largest float32; after
+the last step it counts as divergence too, at step `config.steps`.
 """
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -48,6 +51,10 @@ OPTIMIZERS = MappingProxyType(
 )
 
 
+def _is_integer(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What is the same for every run of a grid, and fixes the compiled program.
@@ -76,10 +83,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is None and name == "eval_every":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not _is_integer(value) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not isinstance(self.data_seed, int) or not 0 <= self.data_seed < 2**32:
-            raise ValueError(f"data_seed must be an integer in [0, 2^32), got {self.data_seed!r}")
+        if not _is_integer(self.data_seed) or not 0 <= self.data_seed < 2**31:
+            raise ValueError(f"data_seed must be an integer in [0, 2^31), got {self.data_seed!r}")
 
     @property
     def eval_steps(self) -> tuple[int, ...]:
@@ -97,6 +104,7 @@ def make_train(model: Model, config: TrainConfig) -> Callable[[Hyperparams, Data
 
     def train(hyper: Hyperparams, ds: Dataset) -> History:
         _check_shapes(ds, config)
+        hyper = _as_32_bit(hyper)
         optimizer = OPTIMIZERS[config.optimizer](hyper)
         params, batch_stats = model.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
         state = (params, batch_stats, optimizer.init(params))
@@ -121,7 +129,7 @@ def make_train(model: Model, config: TrainConfig) -> Callable[[Hyperparams, Data
             return loss, (accuracy, batch_stats)
 
         def one_step(carry, step):
-            state, order, diverged_step, averages = carry
+            state, previous, order, diverged_step, averages = carry
             params, batch_stats, opt_state = state
             x, y, order = mini_batch(order, step)
             (loss, (accuracy, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -135,20 +143,23 @@ def make_train(model: Model, config: TrainConfig) -> Callable[[Hyperparams, Data
             finite = jnp.isfinite(loss) & _all_finite((params, batch_stats))
             diverged_step = jnp.where(alive & ~finite, step, diverged_step)
             new = (params, batch_stats, opt_state)
-            state = jax.tree.map(lambda n, o: jnp.where(diverged_step < 0, n, o), new, state)
-            return (state, order, diverged_step, averages), None
+            # A loss that is not finite condemns the state that it was computed in: back to the one before.
+            good = _select(alive & ~jnp.isfinite(loss), previous, state[:2])
+            alive = diverged_step < 0
+            state = _select(alive, new, (*good, state[2]))
+            return (state, good, order, diverged_step, averages), None
 
         def segment(carry, steps):
             """The steps up to the next evaluation, and the evaluation."""
-            state, order, diverged_step, (loss, accuracy, _) = carry
+            *carry, (loss, accuracy, _) = carry
             averages = (loss, accuracy, jnp.int32(0))
-            carry, _ = jax.lax.scan(one_step, (state, order, diverged_step, averages), steps)
-            (params, batch_stats, _), _, _, (train_loss, train_accuracy, _) = carry
+            carry, _ = jax.lax.scan(one_step, (*carry, averages), steps)
+            (params, batch_stats, _), _, _, _, (train_loss, train_accuracy, _) = carry
             test_loss, test_accuracy = _evaluate(model, params, batch_stats, ds.test_x, ds.test_y)
             return carry, (train_loss, train_accuracy, test_loss, test_accuracy)
 
         averages = (jnp.float32(LARGEST), jnp.float32(0), jnp.int32(0))
-        carry = (state, jnp.arange(num_train), jnp.int32(-1), averages)
+        carry = (state, state[:2], jnp.arange(num_train), jnp.int32(-1), averages)
         every = config.eval_every or config.steps
         whole = config.steps // every
         carry, curves = jax.lax.scan(
@@ -157,7 +168,10 @@ def make_train(model: Model, config: TrainConfig) -> Callable[[Hyperparams, Data
         if whole * every < config.steps:
             carry, last = segment(carry, jnp.arange(whole * every, config.steps, dtype=jnp.int32))
             curves = jax.tree.map(lambda c, v: jnp.concatenate([c, v[None]]), curves, last)
-        diverged_step = carry[2]
+        *_, diverged_step, _ = carry
+        overflowed = (diverged_step < 0) & ~jnp.isfinite(curves[2][-1])
+        diverged_step = jnp.where(overflowed, config.steps, diverged_step)
+        curves = [jnp.where(jnp.isfinite(curve), curve, LARGEST) for curve in curves]
         return History(*curves, diverged=diverged_step >= 0, diverged_step=diverged_step)
 
     return train
@@ -182,6 +196,16 @@ def _add(averages, loss, accuracy, counts):
     return add(mean_loss, loss), add(mean_accuracy, accuracy), n_new
 
 
+def _select(condition, if_true, if_false):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), if_true, if_false)
+
+
+def _as_32_bit(hyper):
+    """So that no 64-bit scalar, where these are on, widens the optimizer's state."""
+    seed, *others = hyper
+    return Hyperparams(jnp.asarray(seed).astype(jnp.uint32), *(jnp.asarray(v, jnp.float32) for v in others))
+
+
 def _all_finite(tree):
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
@@ -201,7 +225,7 @@ def _evaluate(model, params, batch_stats, x, y):
     if whole < len(x):
         total = total + sums(x[whole:], y[whole:])
     loss, accuracy = total / len(x)
-    return jnp.where(jnp.isfinite(loss), loss, LARGEST), accuracy
+    return loss, accuracy
 
 
 def check(model: Model, ds: Dataset, config: TrainConfig) -> None:
@@ -228,6 +252,8 @@ def check(model: Model, ds: Dataset, config: TrainConfig) -> None:
 
     num_outputs = jax.eval_shape(outputs).shape[-1]
     for split, y in (("train", ds.train_y), ("test", ds.test_y)):
+        if not jnp.issubdtype(y.dtype, jnp.integer):
+            raise ValueError(f"{split} labels must be integers, got {y.dtype}")
         if y.min() < 0 or y.max() >= num_outputs:
             raise ValueError(
                 f"{split} labels must be in [0, {num_outputs}), the network's outputs; got {y.min()} to {y.max()}"

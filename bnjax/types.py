@@ -89,7 +89,7 @@ class Dataset(NamedTuple):
 class Hyperparams(NamedTuple):
     """What can be swept without recompiling: one scalar each (or [cells], under vmap).
 
-    seed: draws the initialization (>= 0). The order of the data has its own: `TrainConfig.data_seed`.
+    seed: draws the initialization (0 <= seed < 2^31). The order of the data has its own: `TrainConfig.data_seed`.
     init_scale: multiplies the standard deviation of the initial weights (> 0).
     learning_rate: the optimizer's step size (> 0).
     momentum: the OPTIMIZER's momentum, in [0, 1): the decay of sgd's and rmsprop's velocity, and
@@ -112,4 +112,4 @@ class History(NamedTuple):
     test_loss: jax.Array  # [E] mean cross-entropy over the test split, running statistics
     test_accuracy: jax.Array  # [E] a fraction
     diverged: jax.Array  # [] bool
-    diverged_step: jax.Array  # [] int32: the first step with a non-finite loss or state, else -1
+    diverged_step: jax.Array  # [] int32: the step whose loss or new state is first non-finite, else -1

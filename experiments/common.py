@@ -1,10 +1,13 @@
 """What the experiment scripts share: axes as text, cores, the output folder."""
 
+import contextlib
 import math
 import os
 import shlex
+import sys
 import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from absl import flags, logging
 from rich.console import Console
 
 from bnjax.sweeps import store
+from bnjax.types import History
 
 RESULTS = "results.zarr"
+MOST_VALUES = 1_000_000  # on one axis
 
 
 def fail(message: str) -> SystemExit:
@@ -47,8 +52,10 @@ def parse_floats(flag: str, text: str) -> list[float]:
         raise ValueError(
             f"--{flag} takes numbers '0.1,1,10' or a range 'low:high:count', got {text!r}"
         ) from None
-    if not (0 < low < high < math.inf) or count < 2:
-        raise ValueError(f"--{flag}: a range needs 0 < low < high and a count of at least 2, got {text!r}")
+    if not (0 < low < high < math.inf) or not 2 <= count <= MOST_VALUES:
+        raise ValueError(
+            f"--{flag}: a range needs 0 < low < high and a count in [2, {MOST_VALUES}], got {text!r}"
+        )
     exponents = np.linspace(math.log10(low), math.log10(high), count)
     return [float(f"{10**e:.6g}") for e in exponents]
 
@@ -62,30 +69,18 @@ def parse_seeds(flag: str, text: str) -> list[int]:
     try:
         if ":" in text:
             start, stop = (int(part) for part in text.split(":"))
-            seeds = list(range(start, stop))
+            seeds = range(start, stop)
         elif "," in text:
             seeds = [int(part) for part in text.split(",")]
         else:
-            seeds = list(range(int(text)))
+            seeds = range(int(text))
     except ValueError:
         seeds = []
-    if not seeds:
+    if not 1 <= len(seeds) <= MOST_VALUES:
         raise ValueError(
-            f"--{flag} takes a count '5', a range '0:5' or a list '0,1,2' of seeds, got {text!r}"
+            f"--{flag} takes a count '5', a range '0:5' or a list '0,1,2' of 1 to {MOST_VALUES} seeds, got {text!r}"
         )
-    return seeds
-
-
-def parse_ints(flag: str, text: str) -> list[int]:
-    """`128,128`; an empty text gives an empty list.
-
-    Raises:
-      ValueError: naming the flag, for any other text.
-    """
-    try:
-        return [int(part) for part in text.split(",")] if text else []
-    except ValueError:
-        raise ValueError(f"--{flag} takes whole numbers '128,128', got {text!r}") from None
+    return list(seeds)
 
 
 def finished_results(folder: Path, asked: Mapping[str, Any], *, overwrite: bool) -> xr.Dataset | None:
@@ -98,7 +93,7 @@ def finished_results(folder: Path, asked: Mapping[str, Any], *, overwrite: bool)
 
     Raises:
       OSError: if the folder cannot be written.
-      ValueError: if something else is there; it says in what the results there differ.
+      ValueError: if something else is there, or what is there is damaged; it says in what the results differ.
     """
     _check_writable(folder)
     if overwrite:
@@ -109,7 +104,15 @@ def finished_results(folder: Path, asked: Mapping[str, Any], *, overwrite: bool)
                 f"--out={folder} is not empty and holds no {RESULTS}; choose another, or --overwrite"
             )
         return None
-    found = store.load(folder / RESULTS)
+    try:
+        found = store.load(folder / RESULTS)
+        missing = {*History._fields} - {*found.data_vars}
+        if missing or found.isnull().any().to_array().any():
+            raise ValueError(f"without {', '.join(sorted(missing)) or 'some of its chunks'}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / RESULTS} is damaged ({error}); choose another --out, or --overwrite"
+        ) from error
     different = [name for name in asked if found.attrs.get(name) != asked[name]]
     if different:
         changes = "; ".join(f"{name}: {_changes(found.attrs.get(name), asked[name])}" for name in different)
@@ -138,6 +141,31 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"--out={folder} cannot be written: {error.strerror or error}") from None
+
+
+def save(results: xr.Dataset, folder: Path, *, overwrite: bool) -> Path:
+    """Saves the results in the folder and returns where; beside what another run put there meanwhile."""
+    path = folder / RESULTS
+    try:
+        store.save(results, path, overwrite=overwrite)
+    except FileExistsError:
+        path = folder / f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
+        store.save(results, path)
+        print(
+            f"Another run has finished in {folder} meanwhile; these results go to {path.name}.",
+            file=sys.stderr,
+        )
+    return path
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Ends the process at once at Ctrl-C, with status 130: JAX would first wait for the chunk that is running."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: nothing was saved", file=sys.stderr, flush=True)
+        os._exit(130)
 
 
 def command(script: str, **changes: Any) -> str:

@@ -3,19 +3,20 @@
     python -m experiments.init_robustness
 
 trains BN, no BN, and BN with frozen hidden weights (5 seeds x 17 scales each) on 10,000 images of
-Fashion-MNIST, in about a minute on 2 cores. Expect, at 80% of the best accuracy: BN over all 8 decades
-and more, no BN over about one; and far from scale 1 little between BN and its frozen baseline.
+Fashion-MNIST, in about a minute on 2 cores. Expect, at 80% of the best accuracy: BN over all 8 decades,
+no BN over 1.5. Above a scale of 100 BN is no better than its frozen baseline: what trains is a readout.
 """
 
 import math
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import xarray as xr
 from absl import app, flags
 from rich.table import Table
 
 import bnjax
-from bnjax import choices, plots
+from bnjax import choices, plots, training
 from bnjax.models import mlp
 from bnjax.sweeps import grid, robustness, store
 from experiments import common
@@ -47,7 +48,7 @@ flags.DEFINE_string("seeds", "5", "Initialization seeds: a count, a range 0:5 or
 flags.DEFINE_string("init_scales", "1e-4:1e4:17", "A list, or low:high:count for log spacing.")
 flags.DEFINE_string("learning_rates", "0.1", "A list, or low:high:count for log spacing.")
 # training
-flags.DEFINE_string("optimizer", "sgd", f"One of {', '.join(bnjax.training.OPTIMIZERS)}.")
+flags.DEFINE_string("optimizer", "sgd", f"One of {', '.join(training.OPTIMIZERS)}.")
 flags.DEFINE_float("momentum", 0.9, "The optimizer's momentum (adam's b1).")
 flags.DEFINE_float("weight_decay", 0.0, "On weight matrices only.")
 flags.DEFINE_integer("steps", 300, "Optimizer steps.")
@@ -65,18 +66,38 @@ THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
 NORM_NAMES = {"batch": "BN", "none": "no BN"}
 
 
+class Job(NamedTuple):
+    """What the flags ask for, checked: all that `bnjax.sweep` needs."""
+
+    models: dict[str, bnjax.Model]
+    ds: bnjax.Dataset
+    config: bnjax.TrainConfig
+    axes: dict[str, list[float]]
+    hyper: bnjax.Hyperparams
+    data_args: dict[str, Any]
+
+
 def main(argv: list[str]) -> None:
     """Flags -> sweep -> table, figure, stored result."""
     common.prepare_process()
+    folder = Path(FLAGS.out).expanduser()
     try:
-        results = run(argv)
+        job = prepare(argv, folder)
     except (ValueError, OSError, ImportError) as error:
         raise common.fail(str(error)) from None
-    report(results, Path(FLAGS.out))
+    if isinstance(job, xr.Dataset):
+        print(f"These results stand in {folder} already; nothing to train.")
+        results, path = job, folder / common.RESULTS
+    else:
+        with common.interruptible():
+            results = bnjax.sweep(*job[:4], hyper=job.hyper, width=FLAGS.width)
+        results.attrs |= {"data": job.data_args, "command": common.command(SCRIPT)}
+        path = common.save(results, folder, overwrite=FLAGS.overwrite)
+    report(results, path)
 
 
-def run(argv: list[str]) -> xr.Dataset:
-    """The sweep that the flags ask for: trained or, if it already stands in the output folder, read from it."""
+def prepare(argv: list[str], folder: Path) -> Job | xr.Dataset:
+    """The job, after every check that can be made before training; or its results, if they stand in `folder`."""
     if len(argv) > 1:
         raise ValueError(f"unknown argument {argv[1]!r}: everything is set by flags")
     if not 0 < FLAGS.threshold <= 1:
@@ -101,32 +122,27 @@ def run(argv: list[str]) -> xr.Dataset:
             "--batch_size=1 with BN: a batch of one has no variance, so BN's output is its bias whatever the "
             "input, and nothing can be learned. Use at least 2, or --norms=none"
         )
+    choices.check("dataset", FLAGS.dataset, bnjax.data.NAMES)
     data_args = {
         "name": FLAGS.dataset,
         "train_examples": FLAGS.train_examples,
         "standardize": FLAGS.standardize,
     }
-    choices.check("dataset", FLAGS.dataset, bnjax.data.NAMES)
     asked = store.describe(models, config, hyper, coords) | {"data": data_args}
-    folder = Path(FLAGS.out)
     finished = common.finished_results(folder, asked, overwrite=FLAGS.overwrite)
     if finished is not None:
-        print(f"These results stand in {folder} already; nothing to train.")
         return finished
-
     ds = bnjax.data.load(**data_args, data_dir=FLAGS.data_dir, manual_dir=FLAGS.manual_dir)
-    results = bnjax.sweep(models, ds, config, axes, hyper=hyper, width=FLAGS.width)
-    results.attrs |= {
-        "data": data_args,
-        "num_classes": int(ds.train_y.max()) + 1,
-        "command": common.command(SCRIPT),
-    }
-    store.save(results, folder / common.RESULTS, overwrite=FLAGS.overwrite)
-    return results
+    for model in models.values():
+        training.check(model, ds, config)
+    return Job(models, ds, config, axes, hyper, data_args)
 
 
 def networks() -> tuple[dict[str, bnjax.Model], dict[str, str]]:
     """{name: network} for the flags, and {name: name of its frozen baseline}."""
+    for flag in ("norms", "initializers"):
+        if not FLAGS[flag].value:
+            raise ValueError(f"--{flag} is empty")
     models, baselines = {}, {}
     for initializer in FLAGS.initializers:
         suffix = f", {initializer}" if len(FLAGS.initializers) > 1 else ""
@@ -152,10 +168,10 @@ def networks() -> tuple[dict[str, bnjax.Model], dict[str, str]]:
     return models, baselines
 
 
-def report(results: xr.Dataset, folder: Path) -> None:
-    """Prints the table and writes the figure."""
+def report(results: xr.Dataset, path: Path) -> None:
+    """Prints the table and writes the figure beside the results, which stand at `path`."""
     _, baselines = networks()
-    chance = 1 / results.attrs["num_classes"]
+    chance = 1 / next(iter(results.attrs["models"].values()))["num_outputs"]
     accuracy = robustness.final_accuracy(results, chance)
     thresholds = sorted({*THRESHOLDS, FLAGS.threshold})
     summaries = robustness.summarize(accuracy, thresholds, baselines=baselines)
@@ -173,10 +189,14 @@ def report(results: xr.Dataset, folder: Path) -> None:
         title=f"{FLAGS.dataset}, {FLAGS.depth} hidden layers of {FLAGS.hidden_width}, {FLAGS.activation}, "
         f"{FLAGS.steps} steps of {FLAGS.batch_size}",
     )
-    figure.savefig(folder / "accuracy.png")
-    print(f"figure:   {folder / 'accuracy.png'}")
-    print(f"results:  {folder / common.RESULTS}   (bnjax.load_results opens it)")
-    print(f"continue: {common.command(SCRIPT, seeds='20', out=f'{folder}-20-seeds')}")
+    picture = path.with_name("accuracy.png")
+    figure.savefig(picture)
+    more = 4 * accuracy.sizes["seed"]
+    print(f"figure:   {picture}")
+    print(f"results:  {path}   (bnjax.load_results opens it)")
+    print(
+        f"continue: {common.command(SCRIPT, seeds=more, out=path.parent.with_name(f'{path.parent.name}-{more}-seeds'))}"
+    )
 
 
 def table(accuracy: xr.DataArray, summaries: dict, results: xr.Dataset) -> Table:

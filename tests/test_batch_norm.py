@@ -216,11 +216,12 @@ class TestRunningStatistics:
     def test_no_gradient_flows_into_them(self):
         params, stats = batch_norm.init(3)
 
-        def total(x):
+        def total(x, stats):
             _, new = batch_norm.apply(params, stats, x, train=True)
             return new.mean.sum() + new.var.sum()
 
-        assert (jax.grad(total)(self.batches[2]) == 0).all()
+        gradients = jax.grad(total, argnums=(0, 1), allow_int=True)(self.batches[2], stats)
+        assert all((g == 0).all() for g in (gradients[0], gradients[1].mean, gradients[1].var))
 
     def test_structure_and_dtypes_stay_the_same_in_a_scan(self):
         params, stats = batch_norm.init(3)
@@ -288,6 +289,30 @@ def test_low_precision_inputs_keep_their_dtype_and_float32_statistics():
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, atol=2**-8 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_gradients_of_low_precision_inputs_count_in_float32(dtype):
+    """70,000 is beyond float16, and no number of bfloat16: a count in the input's type would be wrong."""
+    x = draw((70_000, 1)).astype(dtype)
+    weights = (5 + draw((70_000, 1), seed=1)).astype(dtype)
+
+    def gradient(x, mask):
+        return jax.grad(lambda x: (batch_norm.normalize(x, mask=mask) * weights.astype(x.dtype)).sum())(x)
+
+    expected = gradient(x.astype(jnp.float32), None)
+    for mask in (None, jnp.ones((70_000, 1), bool)):
+        error = jnp.linalg.norm(gradient(x, mask).astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+        assert error < 2 * jnp.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("epsilon", [0, 1, np.float64(1e-3), np.float32(1e-3), jnp.int32(1)])
+def test_epsilon_of_any_type(x64, epsilon):
+    x = draw((8, 3)).astype(jnp.float32)
+    found = jax.grad(lambda x: (batch_norm.normalize(x, epsilon) ** 3).sum())(x)
+    expected = jax.grad(lambda x: (textbook(x, float(epsilon)) ** 3).sum())(x)
+    assert found.dtype == x.dtype
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 PARAMS, STATS = batch_norm.init(3)
 
 
@@ -296,7 +321,11 @@ PARAMS, STATS = batch_norm.init(3)
     [
         (lambda: batch_norm.init(0), ValueError, "num_features must be at least 1, got 0"),
         (lambda: batch_norm.normalize(jnp.ones((4, 3), int)), TypeError, "floating point, got int32"),
-        (lambda: batch_norm.normalize(jnp.ones((4, 3)), -1.0), ValueError, "epsilon must be >= 0, got -1.0"),
+        (
+            lambda: batch_norm.normalize(jnp.ones((4, 3)), -1.0),
+            ValueError,
+            "epsilon must be >= 0 and finite, got -1.0",
+        ),
         (lambda: batch_norm.normalize(jnp.ones((4, 3)), axis=2), ValueError, r"axis .* \(4, 3\), got 2"),
         (
             lambda: batch_norm.normalize(jnp.ones((4, 3)), mask=np.ones((5, 1), bool)),

@@ -2,8 +2,11 @@
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +108,7 @@ def test_whole_run(main, tmp_path, capsys):
     assert "jax" in results.attrs["versions"]
     assert results.attrs["command"].startswith("python -m experiments.init_robustness --")
     assert "--train_examples=300" in results.attrs["command"]
-    assert "--seeds=20 " in out.splitlines()[-1]
+    assert "--seeds=8 " in out.splitlines()[-1]
     assert "--seeds=2 " not in out.splitlines()[-1]
 
     # The same again trains nothing and shows the same table.
@@ -154,20 +157,26 @@ def test_learning_rates_and_initializers(main, capsys, tmp_path):
             r"unknown dataset 'fashion'.*did you mean 'fashion_mnist'.*allowed: fashion_mnist_mini",
         ),
         ({"norms": "batch,layer"}, "unknown norm 'layer'.*allowed: batch, none"),
+        ({"norms": ""}, "--norms is empty"),
+        ({"initializers": ""}, "--initializers is empty"),
+        ({"activation": "Tanh"}, "did you mean 'tanh'"),
+        ({"manual_dir": "nowhere"}, "manual_dir=nowhere is not a folder"),
+        ({"seeds": "100000000000"}, "--seeds takes .*1000000 seeds"),
+        ({"init_scales": "1e-4:1e4:1000000000"}, "--init_scales: a range needs"),
         ({"norms": "none,none"}, "must not repeat a name, got 'no BN' twice"),
         ({"activation": "sigmod"}, "unknown activation 'sigmod'.*did you mean 'sigmoid'"),
         ({"initializers": "he"}, "unknown initializer 'he'.*allowed: random_normal"),
         ({"optimizer": "adma"}, "unknown optimizer 'adma'.*did you mean 'adam'"),
         ({"standardize": "pixel"}, "unknown standardiz.* 'pixel'"),
-        ({"init_scales": "1,-1"}, "init_scale must be > 0 .*, got -1.0"),
-        ({"init_scales": "1,nan"}, "init_scale must be > 0 .*, got nan"),
+        ({"init_scales": "1,-1"}, "init_scale must be positive and finite in float32, got -1.0"),
+        ({"init_scales": "1,nan"}, "init_scale must be positive .*, got nan"),
         ({"init_scales": "1,1"}, "axis init_scale has duplicate values: 1"),
         ({"init_scales": "1..2"}, "--init_scales takes numbers"),
-        ({"learning_rates": "0"}, "learning_rate must be > 0"),
+        ({"learning_rates": "0"}, "learning_rate must be positive"),
         ({"seeds": "one"}, "--seeds takes a count"),
-        ({"momentum": "1"}, "momentum .* must be below 1"),
-        ({"weight_decay": "-1"}, "weight_decay must be >= 0"),
-        ({"epsilon": "-1"}, "epsilon must be >= 0, got -1"),
+        ({"momentum": "1"}, r"momentum .* in \[0, 1\)"),
+        ({"weight_decay": "-1"}, "weight_decay must be zero or positive"),
+        ({"epsilon": "-1"}, "epsilon must be >= 0 and finite, got -1"),
         ({"steps": 0}, "steps must be a positive integer, got 0"),
         ({"batch_size": -1}, "batch_size must be a positive integer, got -1"),
         ({"batch_size": 1}, "--batch_size=1 with BN: a batch of one has no variance"),
@@ -192,6 +201,52 @@ def test_output_folder_with_other_files_is_not_touched(main, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+def test_damaged_results_are_named_and_kept(main, tmp_path):
+    main()
+    chunk = next((tmp_path / "out" / "results.zarr" / "test_loss" / "c").rglob("0"))
+    while chunk.is_dir():
+        chunk = next(chunk.iterdir())
+    kept = chunk.read_bytes()
+    for damage in (lambda: chunk.write_bytes(b"no chunk"), chunk.unlink):
+        damage()
+        with pytest.raises(SystemExit, match=r"results\.zarr is damaged \(.*\); choose another --out"):
+            main()
+    chunk.write_bytes(kept)
+    shutil.rmtree(tmp_path / "out" / "results.zarr" / "diverged")
+    with pytest.raises(SystemExit, match=r"results\.zarr is damaged \(without diverged\)"):
+        main()
+
+
+def test_results_of_a_run_that_was_overtaken_are_kept(tmp_path, capsys):
+    one, two = (bnjax.sweep(*job, progress=False) for job in [tiny_job(0), tiny_job(1)])
+    assert common.save(one, tmp_path, overwrite=False) == tmp_path / "results.zarr"
+    other = common.save(two, tmp_path, overwrite=False)
+    assert "Another run has finished" in capsys.readouterr().err
+    assert bnjax.load_results(tmp_path / "results.zarr").identical(one)
+    assert bnjax.load_results(other).identical(two)
+
+
+def tiny_job(seed):
+    x, y = np.ones((4, 2), np.float32), np.zeros(4, np.int32)
+    config = bnjax.TrainConfig(steps=1, batch_size=2)
+    return bnjax.mlp((2,), 2), bnjax.Dataset(x, y, x, y), config, {"seed": [seed]}
+
+
+def test_interrupt_ends_the_process_promptly(tmp_path, data_dir):
+    """While the first chunk, of many minutes, is running."""
+    flags = [
+        f"--{name}={value}" for name, value in (TINY | {"steps": 10_000_000, "data_dir": data_dir}).items()
+    ]
+    command = [sys.executable, "-m", "experiments.init_robustness", *flags, f"--out={tmp_path / 'out'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    time.sleep(15)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+
+
 def test_output_folder_that_cannot_be_written(main, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"--out=.*file/out cannot be written"):
@@ -212,9 +267,10 @@ def test_as_a_command(tmp_path, flag, words):
 
 
 @pytest.mark.slow
-def test_main_job_at_its_defaults(tmp_path):
+@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+def test_main_job_at_its_defaults(tmp_path, activation):
     """The headline on the embedded data: at 80%, BN over the whole grid of 8 decades, no BN under 3."""
-    command = [sys.executable, "-m", "experiments.init_robustness"]
+    command = [sys.executable, "-m", "experiments.init_robustness", f"--activation={activation}"]
     paths = [f"--out={tmp_path / 'out'}", f"--data_dir={tmp_path / 'data'}"]
     subprocess.run([*command, *paths], cwd=ROOT, check=True, capture_output=True)
     results = bnjax.load_results(tmp_path / "out" / "results.zarr")

@@ -141,6 +141,31 @@ class TestLayers:
         expected = shown["hidden_0/activation"].T @ gradients["hidden_1/preactivation"]
         np.testing.assert_allclose(weight_gradient["hidden_1"]["kernel"], expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+    @pytest.mark.parametrize("position", mlp_module.NORM_POSITIONS)
+    def test_every_offset_is_added_where_its_name_says(self, activation, position):
+        """Finite differences of the outputs along a random offset, in float64, against the derivative; and an
+        offset shows in its own intermediate and in no earlier one."""
+        with jax.enable_x64(True):
+            model = bnjax.mlp((5, 4), 3, activation, norm_position=position)
+            params, stats, x = jax.tree.map(
+                lambda a: a.astype(jnp.float64), (*model.init(KEY, SHAPE, 1.0), X)
+            )
+            layers = jax.jit(lambda offsets: model.layers(params, stats, x, offsets, train=True))
+            _, base = layers({})
+            names = list(model.layers(params, stats, x, {}, train=True)[1])  # jit has sorted those of `base`
+            for i, name in enumerate(names):
+                value = base[name]
+                direction = jax.random.normal(jax.random.fold_in(KEY, i), value.shape)
+                outputs, shown = layers({name: 1e-6 * direction})
+                np.testing.assert_allclose(shown[name] - value, 1e-6 * direction, atol=1e-14)
+                assert all((shown[earlier] == base[earlier]).all() for earlier in names[:i])
+                _, derivative = jax.jvp(lambda d, n=name: layers({n: d})[0], (0 * direction,), (direction,))
+                np.testing.assert_allclose(
+                    (outputs - base["output"]) / 1e-6, derivative, rtol=1e-4, atol=1e-4
+                )
+                assert jnp.abs(derivative).max() > 1e-3
+
     def test_unknown_offset(self):
         with pytest.raises(ValueError, match=r"unknown offsets \['hidden_9'\]; allowed: hidden_0/pre"):
             self.model.layers(self.params, self.stats, X, {"hidden_9": 0.0}, train=True)
@@ -176,7 +201,8 @@ def test_no_hidden_layer_is_a_linear_classifier():
         ({"scaled_layers": "output"}, "unknown scaled_layers 'output'"),
         ({"features": (8, 0)}, r"features must be positive widths, got \(8, 0\)"),
         ({"num_outputs": 0}, "num_outputs must be at least 1, got 0"),
-        ({"epsilon": -1.0}, "epsilon must be >= 0, got -1.0"),
+        ({"epsilon": -1.0}, "epsilon must be >= 0 and finite, got -1.0"),
+        ({"epsilon": float("inf")}, "epsilon must be >= 0 and finite, got inf"),
         ({"momentum": 2.0}, "momentum .* got 2.0"),
     ],
 )

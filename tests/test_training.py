@@ -29,7 +29,7 @@ def by_hand(ds, hyper, config, optimizer):
     def gradient(params, stats, x, y):
         def loss(params):
             logits, new = MODEL.apply(params, stats, x, train=True)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), new
+            return cross_entropy(logits, y), (new, (logits.argmax(-1) == y).mean())
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
@@ -38,15 +38,19 @@ def by_hand(ds, hyper, config, optimizer):
         epoch, position = divmod(step, n // config.batch_size)
         order = jax.random.permutation(jax.random.fold_in(jax.random.key(config.data_seed), epoch), n)
         batch = order[position * config.batch_size :][: config.batch_size]
-        (loss, stats), grads = gradient(params, stats, ds.train_x[batch], ds.train_y[batch])
+        (loss, (stats, accuracy)), grads = gradient(params, stats, ds.train_x[batch], ds.train_y[batch])
         params, state = optimizer(hyper, step + 1, params, grads, state)
-        losses.append(float(loss))
+        losses.append((loss, accuracy))
         if step + 1 in config.eval_steps:
             logits, _ = MODEL.apply(params, stats, ds.test_x, train=False)
             accuracy = (logits.argmax(-1) == ds.test_y).mean()
-            curves.append((np.mean(losses), float(accuracy)))
+            curves.append((*np.mean(losses, axis=0), cross_entropy(logits, ds.test_y), accuracy))
             losses = []
     return np.array(curves).T
+
+
+def cross_entropy(logits, labels):
+    return (jax.nn.logsumexp(logits, axis=-1) - logits[np.arange(len(labels)), labels]).mean()
 
 
 def l2(h, params, grads):
@@ -92,11 +96,13 @@ def test_agrees_with_a_plain_loop(blobs, optimizer, learning_rate):
     hyper = bnjax.Hyperparams(3, 2.0, learning_rate, momentum=0.8, weight_decay=0.05)
     config = bnjax.TrainConfig(steps=20, batch_size=48, optimizer=optimizer.__name__, eval_every=8)
     history = jax.jit(bnjax.make_train(MODEL, config))(hyper, blobs)
-    losses, accuracies = by_hand(blobs, hyper, config, optimizer)
+    train_loss, train_accuracy, test_loss, test_accuracy = by_hand(blobs, hyper, config, optimizer)
     assert config.eval_steps == (8, 16, 20)
-    np.testing.assert_allclose(history.train_loss, losses, rtol=1e-3)
-    # an example near a boundary may fall either way: 2 of 128
-    np.testing.assert_allclose(history.test_accuracy, accuracies, atol=2.1 / 128)
+    np.testing.assert_allclose(history.train_loss, train_loss, rtol=1e-3)
+    np.testing.assert_allclose(history.test_loss, test_loss, rtol=1e-3)
+    # an example near a boundary may fall either way: 2 of those that a mean is over
+    np.testing.assert_allclose(history.train_accuracy, train_accuracy, atol=2.1 / (4 * 48))
+    np.testing.assert_allclose(history.test_accuracy, test_accuracy, atol=2.1 / 128)
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
@@ -146,8 +152,37 @@ class TestDivergence:
         # evaluation e is taken after step e: those from the diverging step on show the state before it
         for curve in history[:4]:
             assert (curve[step:] == curve[-1]).all()
-        assert (history.test_loss[step - 1] == history.test_loss[-1]).all()
+        assert history.test_loss[-1] < training.LARGEST
         assert history.test_loss[0] != history.test_loss[-1]
+        # The loss of `step` is infinite, so the state it was computed in is not the one that is kept:
+        # that is the state of one evaluation earlier.
+        assert history.test_loss[step - 1] == training.LARGEST
+        assert history.test_loss[step - 2] == history.test_loss[-1]
+
+    def test_shown_by_the_loss_after_the_last_step_alone(self, blobs):
+        """One step whose update is finite, to a network whose loss is not."""
+        hyper = bnjax.Hyperparams(learning_rate=1e25, momentum=0.0)
+        history = run(blobs, hyper, self.model, steps=1)
+        assert history.diverged
+        assert history.diverged_step == 1
+        assert history.train_loss < 100
+        assert history.test_loss == training.LARGEST
+
+    def test_of_the_batch_statistics_alone(self, blobs):
+        """A running statistic that overflows at step 3, though loss and parameters stay finite."""
+        model = bnjax.mlp((4,), 4)
+
+        def apply(params, batch_stats, x, *, train):
+            outputs, stats = model.apply(params, batch_stats["net"], x, train=train)
+            return outputs, {"net": stats, "power": batch_stats["power"] * (1e10 if train else 1)}
+
+        def init(*args):
+            params, stats = model.init(*args)
+            return params, {"net": stats, "power": jnp.float32(1)}
+
+        history = run(blobs, model=bnjax.Model(init, apply))
+        assert history.diverged
+        assert history.diverged_step == 3  # 1e40 is the fourth power
 
     def test_at_the_first_step(self, blobs):
         history = run(blobs, bnjax.Hyperparams(init_scale=1e30), self.model)
@@ -223,8 +258,12 @@ def test_hyperparameters_are_traced_and_recompile_nothing(blobs):
 
 
 @pytest.mark.usefixtures("x64")
-def test_runs_with_x64_on(blobs):
-    assert run(blobs, eval_every=15).test_accuracy.shape == (3,)
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+def test_runs_with_x64_on(blobs, optimizer):
+    """Hyperparameters that are float64 and int64 arrays widen nothing."""
+    hyper = jax.tree.map(jnp.asarray, bnjax.Hyperparams(learning_rate=0.01))
+    assert hyper.learning_rate.dtype == jnp.float64
+    assert run(blobs, hyper, steps=4, eval_every=3, optimizer=optimizer).test_accuracy.shape == (2,)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +273,7 @@ def test_runs_with_x64_on(blobs):
         ({"batch_size": -3}, "batch_size must be a positive integer, got -3"),
         ({"eval_every": 0}, "eval_every must be a positive integer, got 0"),
         ({"optimizer": "sdg"}, r"unknown optimizer 'sdg' \(did you mean 'sgd'\?\); allowed: sgd, adam"),
-        ({"data_seed": -1}, r"data_seed must be an integer in \[0, 2\^32\), got -1"),
+        ({"data_seed": -1}, r"data_seed must be an integer in \[0, 2\^31\), got -1"),
     ],
 )
 def test_bad_config(options, words):
@@ -248,6 +287,7 @@ def test_bad_config(options, words):
         ({"train_y": np.zeros(3, np.int32)}, "the train split has 256 examples and 3 labels"),
         ({"test_x": np.zeros((128, 5), np.float32)}, r"\(12,\) and test examples \(5,\) differ"),
         ({"test_y": np.full(128, 4, np.int32)}, r"test labels must be in \[0, 4\), .* got 4 to 4"),
+        ({"test_y": np.zeros(128)}, "test labels must be integers, got float64"),
         ({"train_x": np.zeros((256, 12), np.uint8)}, "train_x must be floating point, got uint8"),
     ],
 )

@@ -59,13 +59,15 @@ def load(
     Raises:
         ValueError: `name` or `standardize` is unknown, or `train_examples` out of range.
         ImportError: the packages of the extra `bnjax[data]` are not installed.
-        FileNotFoundError: not prepared, and archives are missing and cannot be downloaded: within 5
-            seconds, where there is no network.
+        FileNotFoundError: `manual_dir` is no folder; or the data set is not prepared, and archives are
+            missing and cannot be downloaded: within 5 seconds, where there is no network.
         OSError: an archive or a prepared copy is damaged, or is not what it should be; the message
             names it. Nothing half-prepared is left behind.
     """
     choices.check("dataset", name, NAMES)
     choices.check("standardize", standardize, standardization.PER)
+    if manual_dir is not None and not Path(manual_dir).expanduser().is_dir():
+        raise FileNotFoundError(f"manual_dir={manual_dir} is not a folder")
     builders = _import_builders()
     source = builders.SOURCES[name]
     available = source.num_examples["train"]

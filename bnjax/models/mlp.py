@@ -53,7 +53,8 @@ def mlp(
     Args:
       features: widths of the hidden layers; () gives a linear classifier.
       num_outputs: K, the number of classes.
-      activation: of the hidden layers: relu, sigmoid, tanh, gelu or linear.
+      activation: of the hidden layers: relu, sigmoid, tanh, gelu (its usual approximation by tanh, jax.nn's
+        default) or linear.
       norm: of the hidden layers: "batch" or "none".
       norm_position: "before_activation" or "after_activation".
       initializer: of all kernels, by name (`bnjax.initializers`).
@@ -76,12 +77,12 @@ def mlp(
         raise ValueError(f"features must be positive widths, got {features}")
     if num_outputs < 1:
         raise ValueError(f"num_outputs must be at least 1, got {num_outputs}")
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon must be >= 0, got {epsilon}")
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must be >= 0 and finite, got {epsilon}")
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum (of the running statistics) must be None or in [0, 1], got {momentum}")
     phi = choose("activation", activation, ACTIVATIONS)
-    draw = choose("initializer", initializer, initializers.INITIALIZERS)
+    draw = initializers.get(initializer)
     check("norm", norm, NORMS)
     check("norm_position", norm_position, NORM_POSITIONS)
     check("scaled_layers", scaled_layers, SCALED_LAYERS)

@@ -1,5 +1,6 @@
 """The grid of a sweep: labelled axes -> cells, in row-major order."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,30 +9,27 @@ import numpy as np
 from bnjax import choices
 from bnjax.types import Hyperparams
 
-# name: (dtype in the compiled program, smallest, largest, whether the smallest is allowed itself)
+# name: (dtype in the compiled program, smallest, whether it is allowed itself, bound, what that says)
 _RANGES = {
-    "seed": (np.uint32, 0, 2**32 - 1, True),
-    "init_scale": (np.float32, 0, np.finfo(np.float32).max, False),
-    "learning_rate": (np.float32, 0, np.finfo(np.float32).max, False),
-    "momentum": (np.float32, 0, 1, True),
-    "weight_decay": (np.float32, 0, np.finfo(np.float32).max, True),
+    "seed": (np.uint32, 0, True, 2**31, "a whole number in [0, 2^31)"),
+    "init_scale": (np.float32, 0, False, math.inf, "positive and finite in float32"),
+    "learning_rate": (np.float32, 0, False, math.inf, "positive and finite in float32"),
+    "momentum": (np.float32, 0, True, 1, "in [0, 1) (the optimizer's)"),
+    "weight_decay": (np.float32, 0, True, math.inf, "zero or positive, and finite in float32"),
 }
 
 
 def check_value(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is allowed for the hyperparameter `name`."""
     choices.check("axis", name, Hyperparams._fields)
-    dtype, low, high, closed = _RANGES[name]
+    dtype, low, closed, bound, allowed = _RANGES[name]
     number = np.asarray(value)
-    if number.ndim or number.dtype.kind not in ("iu" if name == "seed" else "iuf"):
-        kind = "whole numbers" if name == "seed" else "numbers"
-        raise ValueError(f"{name} takes {kind}, got {value!r}")
-    with np.errstate(over="ignore", under="ignore"):
-        used = number.astype(np.float64 if name == "seed" else dtype)  # what the program sees
-    if not (np.isfinite(used) and low <= used <= high and (closed or used > low)):
-        raise ValueError(f"{name} must be {'>=' if closed else '>'} {low} and <= {high:.3g}, got {value!r}")
-    if name == "momentum" and used >= 1:
-        raise ValueError(f"momentum (the optimizer's) must be below 1, got {value!r}")
+    if number.ndim == 0 and number.dtype.kind in ("iu" if dtype is np.uint32 else "iuf"):
+        with np.errstate(over="ignore", under="ignore"):
+            used = number.astype(np.float64 if dtype is np.uint32 else dtype)  # what the program sees
+        if (used > low or (closed and used == low)) and used < bound:
+            return
+    raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def check(axes: Mapping[str, Iterable], hyper: Hyperparams) -> dict[str, np.ndarray]:

@@ -1,22 +1,34 @@
-"""What a person sees while a sweep runs."""
+"""What a person sees while a sweep runs, on standard error."""
 
+import time
+
+import rich.console
 import rich.progress
+
+LINE_SECONDS = 60  # between lines where there is no terminal
 
 
 class Progress:
-    """A line with cells done, cells diverged, cells per second and the time left; silent if not `enabled`."""
+    """Cells done, cells diverged, cells per second and the time left; silent if not `enabled`.
+
+    On a terminal one line that is kept up to date; elsewhere a line a minute, and one at the end.
+    """
 
     def __init__(self, total: int, *, enabled: bool):
+        console = rich.console.Console(stderr=True)
+        self._lines = enabled and not console.is_terminal
         self._bar = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
-            rich.progress.BarColumn(bar_width=12),
+            rich.progress.BarColumn(bar_width=10),
             rich.progress.MofNCompleteColumn(),
-            rich.progress.TextColumn("cells, {task.fields[diverged]} diverged, {task.fields[speed]}"),
+            rich.progress.TextColumn("cells,"),
             rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-            disable=not enabled,
+            rich.progress.TextColumn("{task.fields[left]}, {task.fields[note]}"),
+            console=console,
+            disable=not enabled or self._lines,
         )
-        self._task = self._bar.add_task("training", total=total, diverged=0, speed="compiling")
+        self._task = self._bar.add_task("", total=total, left="left", note="compiling")
         self._diverged = 0
+        self._start = self._last_line = time.monotonic()
 
     def __enter__(self):
         self._bar.start()
@@ -28,11 +40,21 @@ class Progress:
     def advance(self, model: str, cells: int, diverged: int) -> None:
         """Counts a chunk of `cells`, `diverged` of them, of the model of that name."""
         self._diverged += diverged
-        speed = self._bar.tasks[0].speed
+        task = self._bar.tasks[0]
+        seconds = time.monotonic() - self._start
+        speed = (task.completed + cells) / seconds
         self._bar.update(
             self._task,
             advance=cells,
-            description=f"training {model}".rstrip(),
-            diverged=self._diverged,
-            speed=f"{speed:.3g} cells/s" if speed else "",
+            left="in all" if task.completed + cells >= task.total else "left",
+            note=f"{speed:.3g}/s, {self._diverged} diverged {model}".rstrip(),
         )
+        if self._lines and (task.finished or time.monotonic() - self._last_line > LINE_SECONDS):
+            self._last_line = time.monotonic()
+            left = (task.total - task.completed) / speed
+            self._bar.console.print(
+                f"{task.completed:.0f}/{task.total:.0f} cells, {speed:.3g}/s, {self._diverged} diverged, "
+                f"{seconds:.0f} s so far, {left:.0f} s left {model}".rstrip(),
+                soft_wrap=True,
+                highlight=False,
+            )

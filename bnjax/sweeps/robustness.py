@@ -76,6 +76,9 @@ def robust_range(passes: Bool[np.ndarray, " scales"], scales: Float[np.ndarray, 
     Args:
       passes: whether the network trains at each scale.
       scales: in ascending order.
+
+    Returns:
+      `RobustRange`, its lengths in decades (factors of 10), its ends as scales.
     """
     # A rise of the padded indicator starts a run, a fall ends it.
     edges = np.diff(np.concatenate([[0], passes.astype(int), [0]]))
@@ -146,7 +149,7 @@ def summarize(
         interval = None
         if accuracy.sizes["seed"] > 1:
             ranges = [robust_range(drawn[m] >= threshold * drawn.max(), scales) for drawn in drawn_medians]
-            ranges.sort(key=lambda r: np.nan_to_num(r.decades, nan=-1.0))
+            ranges.sort(key=lambda r: (np.nan_to_num(r.decades, nan=-1.0), r.open_low or r.open_high))
             interval = ranges[int(0.025 * resamples)], ranges[int(np.ceil(0.975 * resamples)) - 1]
         return Summary(found, interval, above_baseline(m, found.low), above_baseline(m, found.high))
 

@@ -40,7 +40,7 @@ def sweep(
 
     A cell's result depends on its own hyperparameters, the data and the configuration; on CPU, for one
     `width`, bitwise so, whatever the grid, the order, the neighbours or the number of devices. Memory
-    does not grow with the number of cells, but for the results themselves.
+    does not grow with the number of cells, but for the results themselves; each device holds the data.
 
     Args:
       model: a network, or {name: network}; the latter adds the labelled dimension "model".
@@ -80,7 +80,7 @@ def sweep(
                 chunks.append(chunk)
                 bar.advance(name, len(chunk.diverged), int(chunk.diverged.sum()))
             history = History(*(np.concatenate(field) for field in zip(*chunks, strict=True)))
-            histories.append(History(*(field.reshape(*shape, *field.shape[1:]) for field in history)))
+            histories.append(History(*(field.reshape((*shape, *field.shape[1:])) for field in history)))
 
     dims = (*coords, "step")
     coords["step"] = np.asarray(config.eval_steps)

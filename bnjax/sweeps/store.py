@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from zarr.codecs import Crc32cCodec
 from bnjax.sweeps.plan import Plan
 from bnjax.training import TrainConfig
 from bnjax.types import Hyperparams, Model
+from bnjax.version import __version__
 
 
 def describe(
@@ -54,7 +56,13 @@ def circumstances(plans: Mapping[str, Plan]) -> dict[str, Any]:
             }
             for name, plan in plans.items()
         },
-        "versions": {name: metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy")},
+        "versions": {
+            "bnjax": __version__,
+            "python": platform.python_version(),
+            **{
+                name: metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy", "xarray", "zarr")
+            },
+        },
     }
 
 
@@ -63,6 +71,11 @@ def save(results: xr.Dataset, path: str | os.PathLike, *, overwrite: bool = Fals
 
     It is written beside `path` and renamed, so that there is never a part of it under that name.
 
+    Args:
+      results: from `bnjax.sweep`.
+      path: a local folder, to be made.
+      overwrite: replace what is at `path`; it is removed when the new results are in its place.
+
     Raises:
       FileExistsError: if there is something at `path`, unless `overwrite`.
     """
@@ -70,20 +83,28 @@ def save(results: xr.Dataset, path: str | os.PathLike, *, overwrite: bool = Fals
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    replaced = temporary.with_name(f"{temporary.name}.replaced")
     encoding = {name: {"compressors": [zarr.codecs.ZstdCodec(), Crc32cCodec()]} for name in results.variables}
     try:
         results.to_zarr(temporary, mode="w", consolidated=False, zarr_format=3, encoding=encoding)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists")
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(replaced)
         temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def load(path: str | os.PathLike) -> xr.Dataset:
     """Reads what `save` wrote, into memory.
 
+    Args:
+      path: the folder.
+
     Raises:
-      FileNotFoundError: if there is nothing at `path`.
+      FileNotFoundError: if there are no results at `path`.
+      ValueError: if a checksum does not match.
     """
     return xr.open_zarr(path, consolidated=False).load()
