@@ -1,6 +1,6 @@
 """bnjax: what batch normalization does to initialization."""
 
-from bnjax import batch_norm, data, initializers
+from bnjax import batch_norm, data, initializers, jacobian
 from bnjax.models.mlp import mlp
 from bnjax.sweeps.run import sweep
 from bnjax.sweeps.store import load as load_results
@@ -21,6 +21,7 @@ __all__ = [
     "batch_norm",
     "data",
     "initializers",
+    "jacobian",
     "load_results",
     "make_train",
     "mlp",

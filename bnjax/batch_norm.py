@@ -150,6 +150,26 @@ def normalize(
     return _standardize(x, epsilon, mask, reduced, axis_name)[0].astype(x.dtype)
 
 
+def standardize(
+    x: Num[Array, "..."],
+    epsilon: ArrayLike = 1e-5,
+    axis: int | Sequence[int] = -1,
+    mask: Bool[Array, "..."] | None = None,
+    axis_name: str | Sequence[str] | None = None,
+) -> tuple[Float[jax.Array, "..."], Float[jax.Array, "..."]]:
+    """`normalize`, and 1 / sigma: the two things that the Jacobian is made of.
+
+    Args and errors are those of `normalize`.
+
+    Returns:
+      x_hat, of the shape of x, and `1 / sqrt(var + epsilon)`, with size 1 on all but the feature axes (0 for
+      a feature whose variance and epsilon are both 0). Both in at least float32.
+    """
+    x, epsilon, _, reduced, mask = _check(x, epsilon, axis, mask)
+    x_hat, _, _, _, inv_sigma = _standardize(x, epsilon, mask, reduced, axis_name)
+    return x_hat, inv_sigma
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _standardize(x, epsilon, mask, reduced, axis_name):
     """Returns x_hat, mean, var, the number of valid entries, and 1 / sigma, in at least float32."""

@@ -26,6 +26,7 @@ TINY = {
     "seeds": "2",
     "init_scales": "0.01,1,100",
 }
+ONE_NETWORK = {"norms": "none"}  # where one is enough, since each is compiled
 
 
 @pytest.fixture(scope="module")
@@ -119,11 +120,13 @@ def test_whole_run(main, tmp_path, capsys):
         line for line in out.splitlines() if "│" in line
     ]
 
-    # Another configuration is refused, unless it may replace what is there.
+
+def test_other_results_are_refused_unless_they_may_be_replaced(main, tmp_path):
+    main(**ONE_NETWORK)
     with pytest.raises(SystemExit, match=r"holds other results \(config: steps 15 there, 16 asked for\)"):
-        main(steps=16)
+        main(**ONE_NETWORK, steps=16)
     assert bnjax.load_results(tmp_path / "out" / "results.zarr").attrs["config"]["steps"] == 15
-    main(steps=16, overwrite=True)
+    main(**ONE_NETWORK, steps=16, overwrite=True)
     assert bnjax.load_results(tmp_path / "out" / "results.zarr").attrs["config"]["steps"] == 16
 
 
@@ -202,7 +205,7 @@ def test_output_folder_with_other_files_is_not_touched(main, tmp_path):
 
 
 def test_damaged_results_are_named_and_kept(main, tmp_path):
-    main()
+    main(**ONE_NETWORK)
     chunk = next((tmp_path / "out" / "results.zarr" / "test_loss" / "c").rglob("0"))
     while chunk.is_dir():
         chunk = next(chunk.iterdir())
@@ -210,11 +213,11 @@ def test_damaged_results_are_named_and_kept(main, tmp_path):
     for damage in (lambda: chunk.write_bytes(b"no chunk"), chunk.unlink):
         damage()
         with pytest.raises(SystemExit, match=r"results\.zarr is damaged \(.*\); choose another --out"):
-            main()
+            main(**ONE_NETWORK)
     chunk.write_bytes(kept)
     shutil.rmtree(tmp_path / "out" / "results.zarr" / "diverged")
     with pytest.raises(SystemExit, match=r"results\.zarr is damaged \(without diverged\)"):
-        main()
+        main(**ONE_NETWORK)
 
 
 def test_results_of_a_run_that_was_overtaken_are_kept(tmp_path, capsys):
@@ -232,6 +235,7 @@ def tiny_job(seed):
     return bnjax.mlp((2,), 2), bnjax.Dataset(x, y, x, y), config, {"seed": [seed]}
 
 
+@pytest.mark.slow
 def test_interrupt_ends_the_process_promptly(tmp_path, data_dir):
     """While the first chunk, of many minutes, is running."""
     flags = [

@@ -141,13 +141,12 @@ class TestLayers:
         expected = shown["hidden_0/activation"].T @ gradients["hidden_1/preactivation"]
         np.testing.assert_allclose(weight_gradient["hidden_1"]["kernel"], expected, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
     @pytest.mark.parametrize("position", mlp_module.NORM_POSITIONS)
-    def test_every_offset_is_added_where_its_name_says(self, activation, position):
+    def test_every_offset_is_added_where_its_name_says(self, position):
         """Finite differences of the outputs along a random offset, in float64, against the derivative; and an
         offset shows in its own intermediate and in no earlier one."""
         with jax.enable_x64(True):
-            model = bnjax.mlp((5, 4), 3, activation, norm_position=position)
+            model = bnjax.mlp((5, 4), 3, "tanh", norm_position=position)
             params, stats, x = jax.tree.map(
                 lambda a: a.astype(jnp.float64), (*model.init(KEY, SHAPE, 1.0), X)
             )

@@ -24,6 +24,7 @@ ORDER = [
     "version",
     "choices",
     "batch_norm",
+    "jacobian",
     "initializers",
     "models.mlp",
     "data.standardization",

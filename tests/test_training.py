@@ -119,7 +119,7 @@ def test_learns(blobs, norm):
 def test_evaluations(blobs, eval_every, steps):
     config = bnjax.TrainConfig(steps=7, batch_size=32, eval_every=eval_every)
     assert config.eval_steps == tuple(steps)
-    history = jax.jit(bnjax.make_train(MODEL, config))(bnjax.Hyperparams(), blobs)
+    history = jax.eval_shape(bnjax.make_train(MODEL, config), bnjax.Hyperparams(), blobs)
     assert all(curve.shape == (len(config.eval_steps),) for curve in history[:4])
 
 
@@ -257,7 +257,7 @@ def test_hyperparameters_are_traced_and_recompile_nothing(blobs):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_runs_with_x64_on(blobs, optimizer):
     """Hyperparameters that are float64 and int64 arrays widen nothing."""
     hyper = jax.tree.map(jnp.asarray, bnjax.Hyperparams(learning_rate=0.01))
