@@ -164,7 +164,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted: nothing was saved", file=sys.stderr, flush=True)
+        print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)
 
 

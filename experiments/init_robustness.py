@@ -79,6 +79,12 @@ class Job(NamedTuple):
 
 def main(argv: list[str]) -> None:
     """Flags -> sweep -> table, figure, stored result."""
+    with common.interruptible():
+        run(argv)
+
+
+def run(argv: list[str]) -> None:
+    """What `main` does, if it is not interrupted."""
     common.prepare_process()
     folder = Path(FLAGS.out).expanduser()
     try:
@@ -89,8 +95,7 @@ def main(argv: list[str]) -> None:
         print(f"These results stand in {folder} already; nothing to train.")
         results, path = job, folder / common.RESULTS
     else:
-        with common.interruptible():
-            results = bnjax.sweep(*job[:4], hyper=job.hyper, width=FLAGS.width)
+        results = bnjax.sweep(*job[:4], hyper=job.hyper, width=FLAGS.width)
         results.attrs |= {"data": job.data_args, "command": common.command(SCRIPT)}
         path = common.save(results, folder, overwrite=FLAGS.overwrite)
     report(results, path)
