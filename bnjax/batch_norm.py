@@ -11,12 +11,31 @@ is linear in the tangent: forward mode uses it as it is, reverse mode transposes
 and second derivatives differentiate it again. What reverse mode keeps from the forward pass is
 `x_hat` and `1 / sigma`.
 
-The variance is taken from differences to one of the samples, in two passes: E[x^2] - E[x]^2 has no
-correct digit left in float32 once mean / std passes about 3e3, differences stay right at 1e6.
+The statistics, in at least float32, are taken in two passes over x (E[x^2] - E[x]^2 has no correct digit
+left in float32 once mean / std passes about 3e3):
 
-Other libraries differ in conventions: `momentum` here is the weight of the OLD running value (Flax,
-Keras, Haiku); PyTorch's is the weight of the new one. The running variance is the average of biased
-batch variances (Flax, Keras); PyTorch stores unbiased ones.
+1. sum x and sum |x|. They give a centre near the mean, and a power of two `scale` near mean |x|.
+2. sum d and sum d^2 of d = (x - centre) / scale. The mean of d is what rounding left in the centre, so that
+   E[d^2] - E[d]^2 cancels next to nothing (the corrected two-pass algorithm: Chan, Golub & LeVeque 1983,
+   "Algorithms for computing the sample variance"). Dividing by a power of two is exact, and no square
+   of d overflows or vanishes, whatever the magnitude of x.
+
+Devices then combine counts, means and centred sums of squares (Chan, Golub & LeVeque 1979).
+docs/batch_norm.md has the error that is left, measured, beside other libraries'.
+
+Where libraries differ:
+
+    momentum      the weight of the OLD running value here, in Flax, Keras and Haiku (decay_rate); of the NEW
+                  one in PyTorch. None: the average over all batches, as in PyTorch.
+    running var   averages the batches' biased variances here, in Flax, Keras, Haiku and Equinox; their unbiased ones
+                  (N / (N - 1) times that) in PyTorch and here with `unbiased`.
+    start         a plain moving average starts at mean 0, var 1 here, in Flax, Keras and PyTorch; `debias` removes
+                  that start's trace, as Haiku does.
+    batch of one  output = bias and a zero gradient here, in Flax and in Keras; an error in PyTorch. The running
+                  variance, of which one sample says nothing, is left as it is here only.
+    mask          Flax and Keras have one too; here, masked entries may be NaN, and a batch without a valid entry
+                  leaves the statistics as they are.
+    axis_name     as in Flax and Equinox; here, the numbers of valid entries may differ.
 """
 
 import math
@@ -32,23 +51,32 @@ from jaxtyping import Bool, Float, Num
 from bnjax.types import Array, BatchNormParams, BatchStats
 
 
-def init(num_features: int, dtype=jnp.float32) -> tuple[BatchNormParams, BatchStats]:
+def init(
+    num_features: int, dtype=jnp.float32, *, use_scale: bool = True, use_bias: bool = True
+) -> tuple[BatchNormParams, BatchStats]:
     """Scale 1, bias 0, running mean 0 and variance 1: the identity, up to epsilon.
 
     Args:
       num_features: C, at least 1.
-      dtype: of the parameters and statistics (the count of batches is int32).
+      dtype: of the parameters. The statistics have it too, but float32 at least; the count of batches is int32.
+      use_scale: False for no scale (the parameter is None).
+      use_bias: False for no bias.
 
     Returns:
       `BatchNormParams` with arrays [C], and `BatchStats` with arrays [C], [C] and [].
 
     Raises:
+      TypeError: if `dtype` is not floating point.
       ValueError: if `num_features` is below 1.
     """
     if num_features < 1:
         raise ValueError(f"num_features must be at least 1, got {num_features}")
-    zeros, ones = jnp.zeros(num_features, dtype), jnp.ones(num_features, dtype)
-    return BatchNormParams(scale=ones, bias=zeros), BatchStats(mean=zeros, var=ones, count=jnp.int32(0))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"dtype must be floating point, got {jnp.dtype(dtype)}")
+    scale = jnp.ones(num_features, dtype) if use_scale else None
+    bias = jnp.zeros(num_features, dtype) if use_bias else None
+    mean = jnp.zeros(num_features, _statistics_dtype(dtype))
+    return BatchNormParams(scale, bias), BatchStats(mean, jnp.ones_like(mean), count=jnp.int32(0))
 
 
 def apply(
@@ -63,6 +91,7 @@ def apply(
     mask: Bool[Array, "..."] | None = None,
     axis_name: str | Sequence[str] | None = None,
     debias: bool = False,
+    unbiased: bool = False,
 ) -> tuple[Float[jax.Array, "..."], BatchStats]:
     """Normalizes a batch; in training by its own statistics, in evaluation by the running ones.
 
@@ -75,48 +104,64 @@ def apply(
     (the bias correction of Adam, Kingma & Ba 2015, applied as the average is taken); with
     `momentum=None` it is 1 / t, the plain average over all batches.
 
+    A batch of one valid entry has no variance: it updates the running mean, and counts with the running
+    variance as its own. A batch without a valid entry leaves all statistics as they were. A NaN or an
+    infinity makes its own feature NaN, and no other. A variance beyond the range of float32 (spreads above 1e19)
+    is stored as the largest number, one below it (spreads below 1e-22) as 0; training does not use the stored one.
+
     Args:
-      params: scale and bias, [C].
+      params: scale and bias, [C]; None for one that is not used.
       stats: running mean and variance [C], count []. No gradient flows
-        through the returned ones.
-      x: [N, ..., C], or with the features on `axis`.
+        through the returned ones; their types and shapes are those given.
+      x: [N, ..., C], or with the features on `axis`. In evaluation, or with `axis_name`, also [C].
       train: Python bool.
       momentum: weight of the old running value, in [0, 1], or None. Not the optimizer's momentum.
       epsilon: added to the variance, >= 0.
-      axis: the feature axis (or axes; then the shape of params and stats is theirs).
+      axis: the feature axis, or axes in ascending order (then the shape of params and stats is theirs): -1 for
+        [N, C] and images as NHWC, 1 for NCHW. Statistics are taken over all others.
       mask: True for valid entries; broadcasts against `x`, with size 1 on the feature axes. Masked
-        entries influence nothing; their output is the bias.
-      axis_name: name(s) of mapped axes over which batch statistics are shared.
+        entries may hold anything and influence nothing; their output is the bias.
+      axis_name: name(s) of mapped axes (of `jax.vmap`, `jax.pmap` or `jax.shard_map`) over which batch
+        statistics are shared, each entry counting once, however many are valid where.
       debias: see above; no effect on evaluation, since the stored value is already unbiased.
+      unbiased: average N / (N - 1) times the batch variances, N counting valid entries, in the running
+        variance. By default it averages the very variances that training divides by, so that evaluation
+        agrees with training; the unbiased ones estimate the variance of the population, and are PyTorch's.
 
     Returns:
-      y, of the shape and dtype of x, and the updated statistics. A batch without a valid entry
-      leaves the statistics as they were. In evaluation they are returned unchanged.
+      y, of the shape and dtype of x, and the updated statistics. In evaluation they are returned unchanged.
 
     Raises:
-      TypeError: if x is not floating point.
+      TypeError: if x is not floating point, or mask is not boolean.
       ValueError: if shapes do not fit, or `momentum`, `epsilon` or `axis` is out of range.
     """
-    x, epsilon, features, reduced, mask = _check(x, epsilon, axis, mask)
+    x, epsilon, features, reduced, mask = _check(
+        x, epsilon, axis, mask, pooled=not train or axis_name is not None
+    )
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be None or in [0, 1], got {momentum}")
     shape = tuple(x.shape[a] for a in features)
     for name, value in (*params._asdict().items(), ("mean", stats.mean), ("var", stats.var)):
-        if value.shape != shape:
+        if value is not None and value.shape != shape:
             raise ValueError(
                 f"{name} has shape {value.shape}, but x {x.shape} has features {shape} on axis {axis}"
             )
-    scale, bias = (jnp.expand_dims(p, reduced) for p in params)
 
     if train:
         x_hat, mean, var, count, _ = _standardize(x, epsilon, mask, reduced, axis_name)
-        stats = _update(stats, mean, var, count, momentum, debias)
+        stats = _update(stats, mean, var, count, momentum, debias, unbiased)
     else:
         mean, var = (jnp.expand_dims(s, reduced) for s in (stats.mean, stats.var))
-        x_hat = (x - mean) * _reciprocal_sqrt(var + epsilon)
+        centred = x - mean
         if mask is not None:
-            x_hat = jnp.where(mask, x_hat, 0)
-    return (x_hat * scale + bias).astype(x.dtype), stats
+            centred = jnp.where(mask, centred, 0)
+        x_hat = centred * _reciprocal_sqrt(var + epsilon)
+    y = x_hat
+    if params.scale is not None:
+        y = y * jnp.expand_dims(params.scale, reduced)
+    if params.bias is not None:
+        y = y + jnp.expand_dims(params.bias, reduced)
+    return y.astype(x.dtype), stats
 
 
 def normalize(
@@ -143,10 +188,10 @@ def normalize(
       Array of the shape and dtype of x; 0 where masked.
 
     Raises:
-      TypeError: if x is not floating point.
-      ValueError: if `axis` or `epsilon` is out of range or `mask` does not broadcast.
+      TypeError: if x is not floating point, or mask is not boolean.
+      ValueError: if `axis` or `epsilon` is out of range, `mask` does not broadcast, or x has no axis but features.
     """
-    x, epsilon, _, reduced, mask = _check(x, epsilon, axis, mask)
+    x, epsilon, _, reduced, mask = _check(x, epsilon, axis, mask, pooled=axis_name is not None)
     return _standardize(x, epsilon, mask, reduced, axis_name)[0].astype(x.dtype)
 
 
@@ -163,9 +208,9 @@ def standardize(
 
     Returns:
       x_hat, of the shape of x, and `1 / sqrt(var + epsilon)`, with size 1 on all but the feature axes (0 for
-      a feature whose variance and epsilon are both 0). Both in at least float32.
+      a feature whose variance and epsilon are both 0, and for a batch of one). Both in at least float32.
     """
-    x, epsilon, _, reduced, mask = _check(x, epsilon, axis, mask)
+    x, epsilon, _, reduced, mask = _check(x, epsilon, axis, mask, pooled=axis_name is not None)
     x_hat, _, _, _, inv_sigma = _standardize(x, epsilon, mask, reduced, axis_name)
     return x_hat, inv_sigma
 
@@ -173,19 +218,54 @@ def standardize(
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _standardize(x, epsilon, mask, reduced, axis_name):
     """Returns x_hat, mean, var, the number of valid entries, and 1 / sigma, in at least float32."""
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    shift = _one_sample(x, mask, reduced, axis_name)
-    mean_of, count = _averager(x, mask, reduced, axis_name)
-    x = x - shift
+    x = x.astype(_statistics_dtype(x.dtype))
+    sample = _one_sample(x, mask, reduced)
+    if mask is not None:
+        x = jnp.where(mask, x, 0)
+    mean_of, count = _averager(x, mask, reduced)
+
+    # First pass. Where the mean is the sample but for rounding, the sample is as good a centre, and it makes
+    # a constant feature exactly 0.
+    centre = mean_of(x)
+    centre = jnp.where(jnp.abs(centre - sample) <= 2**-20 * jnp.abs(sample), sample, centre)
+    magnitude = mean_of(jnp.abs(x))
+    if axis_name is not None:
+        magnitude = lax.pmax(magnitude, axis_name)
+    scale = _power_of_two(jnp.maximum(magnitude, jnp.sqrt(epsilon)))
+
+    # Second pass, in units of the scale.
+    x = (x - centre) * (1 / scale)
     if mask is not None:
         x = jnp.where(mask, x, 0)
     mean = mean_of(x)
-    centred = x - mean
+    var = jnp.maximum(mean_of(jnp.square(x)) - jnp.square(mean), 0)
+    if axis_name is not None:
+        # All means as seen from one of the centres, then Chan's formula.
+        origin = lax.pmax(jnp.where(count > 0, centre, -jnp.inf), axis_name)
+        origin = jnp.where(jnp.isneginf(origin), 0, origin)
+        shift = (centre - origin) * (1 / scale)
+        local_count, local_mean = count, mean + shift
+        count = lax.psum(local_count, axis_name)
+        mean = lax.psum(local_count * local_mean, axis_name) / jnp.maximum(count, 1)
+        squares = local_count * (var + jnp.square(local_mean - mean))
+        var = lax.psum(squares, axis_name) / jnp.maximum(count, 1)
+        x = x - (mean - shift)
+    else:
+        origin = centre
+        x = x - mean
+
+    # Where no variance is left in these units, the feature is constant, or epsilon outweighs it by far.
+    inv_sigma = _reciprocal_sqrt(epsilon)
+    factor = jnp.where(
+        var > 0, _reciprocal_sqrt(var + epsilon / scale / scale), jnp.minimum(scale * inv_sigma, 1)
+    )
+    inv_sigma = jnp.where(var > 0, factor / scale, inv_sigma)
+    inv_sigma = jnp.where(count == 1, 0, inv_sigma)  # one sample: x_hat is 0 whatever it is
+    x_hat = x * factor
     if mask is not None:
-        centred = jnp.where(mask, centred, 0)
-    var = mean_of(jnp.square(centred))
-    inv_sigma = _reciprocal_sqrt(var + epsilon)
-    return centred * inv_sigma, shift + mean, var, count, inv_sigma
+        x_hat = jnp.where(mask, x_hat, 0)
+    largest = jnp.finfo(x.dtype).max
+    return x_hat, origin + scale * mean, jnp.minimum(var * scale * scale, largest), count, inv_sigma
 
 
 @_standardize.defjvp
@@ -201,7 +281,8 @@ def _standardize_jvp(reduced, axis_name, primals, tangents):
     dmean = mean_of(dx)
     covariance = mean_of(x_hat * dx)  # = d(var) / (2 sigma)
     dlog_sigma = inv_sigma * (covariance + 0.5 * inv_sigma * depsilon)
-    dx_hat = inv_sigma * (dx - dmean) - x_hat * dlog_sigma
+    # Not inv_sigma * (dx - dmean): the transpose of these terms sums the cotangent as it comes.
+    dx_hat = inv_sigma * dx - inv_sigma * dmean - x_hat * dlog_sigma
     if mask is not None:
         dx_hat = jnp.where(mask, dx_hat, 0)
     # 2 sigma covariance; a feature without variance has x_hat = 0 and so no covariance to scale.
@@ -210,10 +291,12 @@ def _standardize_jvp(reduced, axis_name, primals, tangents):
     return (x_hat, mean, var, count, inv_sigma), tangents_out
 
 
-def _update(stats, mean, var, count, momentum, debias):
+def _update(stats, mean, var, count, momentum, debias, unbiased):
     """The running statistics after one more batch."""
+    if unbiased:
+        var = var * (count / jnp.maximum(count - 1, 1))
     mean, var = (s.reshape(r.shape).astype(r.dtype) for s, r in ((mean, stats.mean), (var, stats.var)))
-    batches = stats.count + 1
+    batches = jnp.minimum(stats.count, jnp.iinfo(jnp.int32).max - 1) + 1
     t = batches.astype(mean.dtype)
     if momentum is None or (debias and momentum == 1):
         weight = 1 / t
@@ -222,15 +305,14 @@ def _update(stats, mean, var, count, momentum, debias):
     else:
         weight = 1 - momentum
     updated = BatchStats(
-        mean=stats.mean + weight * (mean - stats.mean),
-        var=stats.var + weight * (var - stats.var),
-        count=batches,
+        mean=jnp.where(count > 0, stats.mean + weight * (mean - stats.mean), stats.mean),
+        var=jnp.where(count > 1, stats.var + weight * (var - stats.var), stats.var),
+        count=jnp.where(count > 0, batches, stats.count),
     )
-    updated = jax.tree.map(lambda new, old: jnp.where(count > 0, new, old), updated, stats)
     return lax.stop_gradient(updated)
 
 
-def _averager(x, mask, reduced, axis_name):
+def _averager(x, mask, reduced, axis_name=None):
     """A function that takes the mean over the valid entries of an array like x, and their number."""
     size = math.prod(x.shape[a] for a in reduced)
     count = jnp.asarray(size, x.dtype) if mask is None else mask.sum(dtype=x.dtype)
@@ -246,17 +328,27 @@ def _averager(x, mask, reduced, axis_name):
     return mean_of, count
 
 
-def _one_sample(x, mask, reduced, axis_name):
-    """A valid sample of each feature, the same on every device: the origin that differences are taken to."""
+def _one_sample(x, mask, reduced):
+    """A valid sample of each feature; 0 if there is none."""
+    if mask is not None:
+        sample = jnp.where(mask, x, -jnp.inf).max(reduced, keepdims=True, initial=-jnp.inf)
+        return jnp.where(jnp.isneginf(sample), 0, sample)
     if x.size == 0:
-        sample = jnp.full(_ones_at(x, reduced), -jnp.inf, x.dtype)
-    elif mask is None:
-        sample = lax.slice(x, (0,) * x.ndim, _ones_at(x, reduced))
-    else:
-        sample = jnp.where(mask, x, -jnp.inf).max(reduced, keepdims=True)
-    if axis_name is not None:
-        sample = lax.pmax(sample, axis_name)
-    return jnp.where(jnp.isneginf(sample), 0, sample)
+        return jnp.zeros(_ones_at(x, reduced), x.dtype)
+    return lax.slice(x, (0,) * x.ndim, _ones_at(x, reduced))
+
+
+def _power_of_two(magnitude):
+    """The largest power of two that is at most `magnitude`, exactly, and its inverse a normal number."""
+    info = jnp.finfo(magnitude.dtype)
+    integers = jnp.dtype(f"int{info.bits}")
+    exponent_bits = lax.bitcast_convert_type(magnitude, integers) & (-1 << info.nmant)
+    power = lax.bitcast_convert_type(exponent_bits, magnitude.dtype)
+    return jnp.clip(power, info.tiny, 1 / info.tiny)
+
+
+def _statistics_dtype(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _reciprocal_sqrt(variance):
@@ -281,7 +373,7 @@ def _split_axes(x, axis):
     return features, tuple(a for a in range(x.ndim) if a not in features)
 
 
-def _check(x, epsilon, axis, mask):
+def _check(x, epsilon, axis, mask, pooled):
     """The inputs in canonical form: x a jax array, axes split, mask with the rank of x and size 1 on the features."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
@@ -289,7 +381,13 @@ def _check(x, epsilon, axis, mask):
     if not isinstance(epsilon, jax.core.Tracer) and not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon must be >= 0 and finite, got {epsilon}")
     features, reduced = _split_axes(x, axis)
+    if not reduced and not pooled:
+        raise ValueError(
+            f"x {x.shape} must have an axis besides its feature axis {axis} to take statistics over"
+        )
     if mask is not None:
+        if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
+            raise TypeError(f"mask must be boolean, got {jnp.result_type(mask)}")
         shape = _ones_at(x, features)
         try:
             mask = jnp.broadcast_to(mask, shape)
@@ -297,5 +395,5 @@ def _check(x, epsilon, axis, mask):
             raise ValueError(
                 f"mask {jnp.shape(mask)} must broadcast to {shape}, x being {x.shape} with features on {axis}"
             ) from None
-    epsilon = jnp.asarray(epsilon, jnp.promote_types(x.dtype, jnp.float32))
+    epsilon = jnp.asarray(epsilon, _statistics_dtype(x.dtype))
     return x, epsilon, features, reduced, mask

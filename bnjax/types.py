@@ -14,10 +14,10 @@ PyTree = Any
 
 
 class BatchNormParams(NamedTuple):
-    """The learnable parameters of batch normalization: `y = scale * x_hat + bias`."""
+    """The learnable parameters of batch normalization: `y = scale * x_hat + bias`. None: not used."""
 
-    scale: jax.Array  # [C]
-    bias: jax.Array  # [C]
+    scale: jax.Array | None  # [C]
+    bias: jax.Array | None  # [C]
 
 
 class BatchStats(NamedTuple):
