@@ -155,7 +155,7 @@ def apply(
         centred = x - mean
         if mask is not None:
             centred = jnp.where(mask, centred, 0)
-        x_hat = centred * _reciprocal_sqrt(var + epsilon)
+        x_hat = centred * reciprocal_sqrt(var + epsilon)
     y = x_hat
     if params.scale is not None:
         y = y * jnp.expand_dims(params.scale, reduced)
@@ -232,9 +232,10 @@ def _standardize(x, epsilon, mask, reduced, axis_name):
     if axis_name is not None:
         magnitude = lax.pmax(magnitude, axis_name)
     scale = _power_of_two(jnp.maximum(magnitude, jnp.sqrt(epsilon)))
+    per_scale = 1 / scale  # exact
 
     # Second pass, in units of the scale.
-    x = (x - centre) * (1 / scale)
+    x = (x - centre) * per_scale
     if mask is not None:
         x = jnp.where(mask, x, 0)
     mean = mean_of(x)
@@ -243,7 +244,7 @@ def _standardize(x, epsilon, mask, reduced, axis_name):
         # All means as seen from one of the centres, then Chan's formula.
         origin = lax.pmax(jnp.where(count > 0, centre, -jnp.inf), axis_name)
         origin = jnp.where(jnp.isneginf(origin), 0, origin)
-        shift = (centre - origin) * (1 / scale)
+        shift = (centre - origin) * per_scale
         local_count, local_mean = count, mean + shift
         count = lax.psum(local_count, axis_name)
         mean = lax.psum(local_count * local_mean, axis_name) / jnp.maximum(count, 1)
@@ -255,11 +256,11 @@ def _standardize(x, epsilon, mask, reduced, axis_name):
         x = x - mean
 
     # Where no variance is left in these units, the feature is constant, or epsilon outweighs it by far.
-    inv_sigma = _reciprocal_sqrt(epsilon)
+    inv_sigma = reciprocal_sqrt(epsilon)
     factor = jnp.where(
-        var > 0, _reciprocal_sqrt(var + epsilon / scale / scale), jnp.minimum(scale * inv_sigma, 1)
+        var > 0, reciprocal_sqrt(var + epsilon * per_scale * per_scale), jnp.minimum(scale * inv_sigma, 1)
     )
-    inv_sigma = jnp.where(var > 0, factor / scale, inv_sigma)
+    inv_sigma = jnp.where(var > 0, factor * per_scale, inv_sigma)
     inv_sigma = jnp.where(count == 1, 0, inv_sigma)  # one sample: x_hat is 0 whatever it is
     x_hat = x * factor
     if mask is not None:
@@ -351,7 +352,7 @@ def _statistics_dtype(dtype):
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def _reciprocal_sqrt(variance):
+def reciprocal_sqrt(variance):
     """1 / sqrt(variance), and 0 at 0: a feature without variance has nothing to be scaled."""
     positive = variance != 0  # a NaN stays a NaN
     return jnp.where(positive, 1 / jnp.sqrt(jnp.where(positive, variance, 1)), 0)

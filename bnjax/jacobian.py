@@ -1,7 +1,7 @@
-"""The Jacobian of training-mode batch normalization in closed form: dense, its spectrum, the operator.
+"""The Jacobian of batch normalization in closed form: dense, its spectrum, the operator, second derivatives.
 
 For one feature with the samples x [N], `sigma = sqrt(var + epsilon)` with the biased variance, and
-`x_hat = (x - mean) / sigma`,
+`x_hat = (x - mean) / sigma`, in training mode
 
     J = dy / dx = (scale / sigma) (I - 1 1^T / N - x_hat x_hat^T / N)
 
@@ -13,8 +13,14 @@ are one operator, and its eigenvectors are known:
     others   scale / sigma, N - 2 times
 
 Features do not mix: each has a Jacobian of its own. With a mask, N is the number of valid samples, I and 1
-are restricted to them, and each masked sample adds an eigenvalue 0.
+are restricted to them, and each masked sample adds an eigenvalue 0. In evaluation mode J is the diagonal
+scale / sqrt(running var + epsilon).
+
+`matvec` is J as an operator, `hvp` its derivative; `block` is the Jacobian of a layer activation(BN(x W)).
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +28,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Num
 
 from bnjax import batch_norm
-from bnjax.types import Array
+from bnjax.types import Array, BatchNormParams
 
 
 def matvec(
@@ -73,7 +79,7 @@ def dense(
     """
     _check(x)
     x_hat, valid, count, factor, _ = _parts(x, scale, epsilon, mask)
-    outer = jnp.einsum("ic,jc->cij", x_hat, x_hat)
+    outer = jnp.einsum("ic,jc->cij", x_hat, x_hat, precision="highest")
     projector = jnp.diag(valid) - (valid[:, None] * valid[None, :] + outer) / count
     return factor[:, None, None] * projector
 
@@ -105,6 +111,152 @@ def spectrum(
     return jnp.where(factor < 0, by_size[:, ::-1], by_size)
 
 
+def parameters(
+    x: Num[Array, "n c"],
+    epsilon: ArrayLike = 1e-5,
+    mask: Bool[Array, "n 1"] | None = None,
+) -> BatchNormParams:
+    """The derivatives of y with respect to batch normalization's own parameters, in training mode.
+
+        dy[i, c] / dscale[c] = x_hat[i, c]                  dy[i, c] / dbias[c] = 1
+
+    and 0 across features. (Evaluation mode has the same with x_hat taken from the running statistics.)
+
+    Args:
+      x: the batch, [N, C].
+      epsilon: added to the variance, >= 0.
+      mask: True for valid samples, [N, 1]. A masked sample's y is the bias: its derivatives are 0 and 1.
+
+    Returns:
+      `BatchNormParams` with two arrays [N, C].
+
+    Raises:
+      TypeError: if x is not floating point.
+      ValueError: if x has not two axes, or epsilon or mask do not fit.
+    """
+    _check(x)
+    x_hat, _ = batch_norm.standardize(x, epsilon, mask=mask)
+    return BatchNormParams(scale=x_hat, bias=jnp.ones_like(x_hat))
+
+
+def evaluation(
+    scale: Num[Array, " c"],
+    var: Num[Array, " c"],
+    epsilon: ArrayLike = 1e-5,
+) -> Float[jax.Array, " c"]:
+    """The Jacobian in evaluation mode, `scale / sqrt(var + epsilon)`: every sample has it on the diagonal.
+
+    Args:
+      scale: batch normalization's, [C].
+      var: the running variance, [C].
+      epsilon: added to the variance, >= 0.
+
+    Returns:
+      [C], `dy[i, c] / dx[i, c]` for each valid i; all other derivatives are 0. It is 0 for a feature whose var
+      and epsilon are both 0, as in `batch_norm.apply`.
+    """
+    return scale * batch_norm.reciprocal_sqrt(var + epsilon)
+
+
+def hvp(
+    x: Num[Array, "n c"],
+    cotangent: Num[Array, "n c"],
+    dx: Num[Array, "n c"],
+    epsilon: ArrayLike = 1e-5,
+    mask: Bool[Array, "n 1"] | None = None,
+) -> Float[jax.Array, "n c"]:
+    """The Hessian of `<cotangent, normalize(x)>` times dx, without forming it: O(N C) time and memory.
+
+    With m(u) the mean over the samples, a = cotangent and the operator J at scale 1, the derivative of J a
+    along dx is
+
+        H dx = -(1 / sigma) (m(x_hat dx) J a + m(x_hat a) J dx + m(a J dx) x_hat)
+
+    (differentiate J a = (a - m(a) - x_hat m(x_hat a)) / sigma, with d x_hat = J dx and
+    d(1 / sigma) = -m(x_hat dx) / sigma^2). It is symmetric in a and dx. The Hessian of a whole loss
+    L(normalize(x)) is this at `cotangent = dL/dx_hat`, plus J L'' J dx.
+
+    Args:
+      x: the batch, [N, C].
+      cotangent: the weights of the outputs, [N, C].
+      dx: a tangent to x, [N, C].
+      epsilon: added to the variance, >= 0.
+      mask: True for valid samples, [N, 1].
+
+    Returns:
+      [N, C]; 0 where masked.
+
+    Raises:
+      TypeError: if x is not floating point.
+      ValueError: if an array has not two axes, or epsilon or mask do not fit.
+    """
+    _check(x, cotangent, dx)
+    x_hat, inv_sigma = batch_norm.standardize(x, epsilon, mask=mask)
+    valid = True if mask is None else mask
+    a, dx = (jnp.where(valid, u, 0).astype(x_hat.dtype) for u in (cotangent, dx))
+    count = jnp.maximum(len(x) if mask is None else mask.sum(), 1)
+
+    def m(u):
+        return u.sum(0) / count
+
+    def J(u):
+        return inv_sigma * jnp.where(valid, u - m(u) - x_hat * m(x_hat * u), 0)
+
+    return -inv_sigma * (m(x_hat * dx) * J(a) + m(x_hat * a) * J(dx) + m(a * J(dx)) * x_hat)
+
+
+class BlockJacobian(NamedTuple):
+    """The derivatives of h = activation(BN(x W)), h [N, F], x [N, D], W [D, F]."""
+
+    x: jax.Array  # [N, F, N, D]: dh[i, f] / dx[j, d]
+    kernel: jax.Array  # [N, F, D]: dh[i, f] / dW[d, f]; it is 0 for the other columns of W
+
+
+def block(
+    x: Num[Array, "n d"],
+    kernel: Num[Array, "d f"],
+    scale: Num[Array, " f"] | float = 1.0,
+    bias: Num[Array, " f"] | float = 0.0,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+    epsilon: ArrayLike = 1e-5,
+    mask: Bool[Array, "n 1"] | None = None,
+) -> BlockJacobian:
+    """The Jacobian of a layer h = phi(BN(x W)) in training mode, from its features' J_f.
+
+        dh[i, f] / dx[j, d] = phi'(y[i, f]) J_f[i, j] W[d, f]
+        dh[i, f] / dW[d, f] = phi'(y[i, f]) (J_f x)[i, d]
+
+    with y = BN(x W). W scaled by a > 0 scales J_f by 1 / a at epsilon 0: the first is unchanged, the second
+    divided by a. That is why a gradient passes through layers with large weights as through small ones.
+
+    Args:
+      x: the batch, [N, D].
+      kernel: W, [D, F].
+      scale: batch normalization's, [F] or one for all.
+      bias: batch normalization's, [F] or one for all.
+      activation: phi, elementwise and differentiable by JAX.
+      epsilon: added to the variance, >= 0.
+      mask: True for valid samples, [N, 1]. A masked sample's h is the constant phi(bias).
+
+    Returns:
+      `BlockJacobian`.
+
+    Raises:
+      TypeError: if x W is not floating point.
+      ValueError: if x or kernel has not two axes, or epsilon or mask do not fit.
+    """
+    _check(x, kernel)
+    x = x if mask is None else jnp.where(mask, x, 0)
+    z = jnp.matmul(x, kernel, precision="highest")
+    x_hat, valid, count, factor, _ = _parts(z, scale, epsilon, mask)
+    slope = jax.vmap(jax.vmap(jax.grad(activation)))(scale * x_hat + bias)  # [N, F]
+    to_x = jnp.einsum("if,fij,df->ifjd", slope, dense(z, scale, epsilon, mask), kernel, precision="highest")
+    centred = valid[:, None] * (x - x.sum(0) / count)
+    covariance = jnp.matmul(x_hat.T, x, precision="highest") / count  # [F, D]
+    to_kernel = factor[:, None] * (centred[:, None] - x_hat[:, :, None] * covariance)
+    return BlockJacobian(to_x, slope[:, :, None] * to_kernel)
+
+
 def _parts(x, scale, epsilon, mask):
     """x_hat [N, C], validity [N] as 0 or 1, their number, scale / sigma [C], epsilon / (var + epsilon) [C]."""
     x_hat, inv_sigma = batch_norm.standardize(x, epsilon, mask=mask)
@@ -116,4 +268,4 @@ def _parts(x, scale, epsilon, mask):
 def _check(*arrays):
     for x in arrays:
         if x.ndim != 2:
-            raise ValueError(f"x and dx must be [N, C], got {x.shape}")
+            raise ValueError(f"arrays must be [N, C], got {x.shape}")

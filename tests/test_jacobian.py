@@ -8,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bnjax import batch_norm, jacobian
+from bnjax.types import BatchNormParams, BatchStats
 
 
 def textbook(x, scale, epsilon, mask):
@@ -16,6 +17,12 @@ def textbook(x, scale, epsilon, mask):
     mean = jnp.where(mask, x, 0).sum(0) / n
     var = jnp.where(mask, (x - mean) ** 2, 0).sum(0) / n
     return jnp.where(mask, scale * (x - mean) / jnp.sqrt(var + epsilon), 0)
+
+
+def autodiff_hvp(x, a, dx, epsilon, mask):
+    """The Hessian of <a, textbook(x)>, formed by jax.hessian, times dx."""
+    hessian = jax.hessian(lambda x: (jnp.where(mask, a, 0) * textbook(x, 1.0, epsilon, mask)).sum())(x)
+    return jnp.einsum("icjd,jd->ic", hessian, dx)
 
 
 def autodiff(x, scale, epsilon, mask):
@@ -51,8 +58,13 @@ def tolerance(x, epsilon, mask):
 
 @jax.jit
 def compare(x, scale, epsilon, mask, dx):
+    def ours(x):
+        return scale * batch_norm.normalize(x, epsilon, mask=mask)
+
+    by_rule = (jnp.einsum("icjc->cij", jacobian_of(ours)(x)) for jacobian_of in (jax.jacfwd, jax.jacrev))
     return (
         autodiff(x, scale, epsilon, mask),
+        *by_rule,
         jacobian.dense(x, scale, epsilon, mask),
         jacobian.spectrum(x, scale, epsilon, mask),
         jacobian.matvec(x, scale, dx, epsilon, mask),
@@ -70,13 +82,117 @@ def test_dense_spectrum_and_operator(batch):
         n, c = x.shape
         bound = (tolerance(x, epsilon, mask) * np.maximum(np.abs(scale), 1))[:, None]
         dx = np.random.default_rng(0).normal(size=x.shape)
-        expected, dense, found, product = map(np.asarray, compare(x, scale, epsilon, mask, dx))
-        assert (np.abs(dense - expected) < bound[:, None]).all()
+        expected, *matrices, found, product = map(np.asarray, compare(x, scale, epsilon, mask, dx))
+        for matrix in matrices:  # by jacfwd, by jacrev, dense
+            assert (np.abs(matrix - expected) < bound[:, None]).all()
         assert found.shape == (c, n)
         assert (np.diff(found) >= 0).all()
         assert (np.abs(found - np.linalg.eigvalsh(expected)) < 10 * bound).all()
 
         assert (np.abs(product - np.einsum("cij,jc->ic", expected, dx)) < 10 * bound.T).all()
+
+
+@jax.jit
+def compare_second(x, epsilon, mask, a, dx):
+    return autodiff_hvp(x, a, dx, epsilon, mask), jacobian.hvp(x, a, dx, epsilon, mask)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches())
+@example((np.array([[3.0]]), np.array([2.0]), 0.3, np.array([[True]])))
+@example((np.array([[1.0], [2.0]]), np.array([1.0]), 1e-5, np.array([[True], [True]])))
+def test_hessian_vector_product(batch):
+    """Relative to 1 / sigma^2, which its terms are made of; they cancel down to less."""
+    x, _, epsilon, mask = batch
+    with jax.enable_x64(True):
+        a, dx = np.random.default_rng(1).normal(size=(2, *x.shape))
+        expected, found = map(np.asarray, compare_second(x, epsilon, mask, a, dx))
+        bound = 1e12 * tolerance(x, epsilon, mask) ** 2
+        assert (np.abs(found - expected) < 30 * bound).all()
+        assert (found[~mask[:, 0]] == 0).all()
+
+
+@pytest.mark.usefixtures("x64")
+def test_hessian_vector_product_is_the_derivative_of_the_operator():
+    """Against our own rule differentiated again, and with NaN where it is masked."""
+    rng = np.random.default_rng(0)
+    x, a, dx = rng.normal(size=(3, 9, 2))
+    mask = np.arange(9)[:, None] % 4 > 0
+
+    def pullback(x):
+        return jacobian.matvec(x, 1.0, a, 0.1, mask)
+
+    expected = jax.jvp(pullback, (x,), (dx,))[1]
+    filled = np.where(mask, x, np.nan)
+    np.testing.assert_allclose(jacobian.hvp(filled, a, dx, 0.1, mask), expected, rtol=0, atol=1e-13)
+
+
+def test_hvp_of_a_whole_loss():
+    """H dx of L(normalize(x)) is hvp at dL, plus J L'' J dx, as the docstring has it. float32: 1e-5."""
+    rng = np.random.default_rng(0)
+    x, dx = rng.normal(size=(2, 8, 3)).astype(np.float32)
+    x_hat = batch_norm.normalize(x)
+    expected = jax.jvp(jax.grad(lambda x: jnp.sin(batch_norm.normalize(x)).sum()), (x,), (dx,))[1]
+    inner = -jnp.sin(x_hat) * jacobian.matvec(x, 1.0, dx)
+    found = jacobian.hvp(x, jnp.cos(x_hat), dx) + jacobian.matvec(x, 1.0, inner)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.usefixtures("x64")
+def test_parameters():
+    rng = np.random.default_rng(0)
+    x, mask = rng.normal(size=(7, 3)), np.arange(7)[:, None] != 2
+    params, (_, stats) = BatchNormParams(rng.normal(size=3), rng.normal(size=3)), batch_norm.init(3, x.dtype)
+    autodiff = jax.jacrev(lambda p: batch_norm.apply(p, stats, x, train=True, epsilon=0.1, mask=mask)[0])(
+        params
+    )
+    found = jacobian.parameters(x, 0.1, mask)
+    for a, f in zip(autodiff, found, strict=True):
+        np.testing.assert_allclose(jnp.einsum("icd->ic", a), f, atol=1e-14)
+        assert abs(jnp.abs(a).sum() - jnp.abs(f).sum()) < 1e-12  # nothing off the diagonal
+
+
+@pytest.mark.usefixtures("x64")
+def test_evaluation_mode():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 3))
+    params = BatchNormParams(np.array([2.0, -0.5, 1.0]), rng.normal(size=3))
+    stats = BatchStats(rng.normal(size=3), np.array([0.2, 3.0, 0.0]), jnp.int32(1))
+    found = jacobian.evaluation(params.scale, stats.var, 1e-3)
+    np.testing.assert_allclose(found, params.scale / np.sqrt(stats.var + 1e-3), rtol=1e-14)
+    autodiff = jax.jacrev(lambda x: batch_norm.apply(params, stats, x, train=False, epsilon=1e-3)[0])(x)
+    expected = jnp.einsum("ij,cd,c->icjd", jnp.eye(5), jnp.eye(3), found)
+    np.testing.assert_allclose(autodiff, expected, atol=1e-14)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("activation", [jnp.tanh, jax.nn.relu, jax.nn.sigmoid])
+@pytest.mark.parametrize("masked", [False, True])
+def test_block(activation, masked):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(6, 4)), rng.normal(size=(4, 3))
+    scale, bias = np.array([1.5, -0.7, 0.0]), np.array([0.1, -0.2, 0.3])
+    mask = np.arange(6)[:, None] != 1 if masked else np.ones((6, 1), bool)
+
+    def layer(x, kernel):
+        return activation(textbook(x @ kernel, scale, 0.01, mask) + bias)
+
+    expected = jax.jacrev(layer, argnums=(0, 1))(x, kernel)
+    filled = np.where(mask, x, np.nan)
+    found = jacobian.block(filled, kernel, scale, bias, activation, 0.01, mask if masked else None)
+    bound = 1e-12 * 1.5 / np.sqrt(0.01)
+    assert jnp.abs(found.x - expected[0]).max() < bound
+    assert jnp.abs(found.kernel - jnp.einsum("ifdf->ifd", expected[1])).max() < bound
+    off = expected[1] * (1 - jnp.eye(3))[None, :, None]
+    assert (off == 0).all()
+
+
+def test_block_under_scaled_weights():
+    """At epsilon 0 and a = 4, exactly: the derivative to x stays, that to W is divided by a."""
+    x, kernel = (np.random.default_rng(s).normal(size=(5, 5)).astype(np.float32) for s in (0, 1))
+    small, large = (jacobian.block(x, k, epsilon=0.0) for k in (kernel, 4 * kernel))
+    assert (small.x == large.x).all()
+    assert (small.kernel == 4 * large.kernel).all()
 
 
 def test_multiplicities():
@@ -106,13 +222,18 @@ def test_nothing_is_left_of_a_constant_feature_at_epsilon_0():
 def test_the_operator_forms_no_matrix():
     """N = 65,536: J would have 16 GiB; the program's memory is a few copies of x."""
     x = jnp.zeros((65_536, 1))
-    program = jax.jit(lambda x, dx: jacobian.matvec(x, 1.0, dx)).lower(x, x).compile()
-    assert program.memory_analysis().temp_size_in_bytes < 8 * x.nbytes
+    for function in (
+        lambda x, dx: jacobian.matvec(x, 1.0, dx),
+        lambda x, dx: jacobian.hvp(x, x, dx),
+        lambda x, dx: jax.vjp(batch_norm.normalize, x)[1](dx),
+    ):
+        program = jax.jit(function).lower(x, x).compile()
+        assert program.memory_analysis().temp_size_in_bytes < 8 * x.nbytes
 
 
-@pytest.mark.parametrize("function", [jacobian.dense, jacobian.spectrum])
+@pytest.mark.parametrize("function", [jacobian.dense, jacobian.spectrum, jacobian.parameters])
 def test_bad_input(function):
     with pytest.raises((ValueError, TypeError), match=r"\[N, C\]|n c"):
         function(jnp.ones(3))
     with pytest.raises(ValueError, match="epsilon must be >= 0"):
-        function(jnp.ones((3, 2)), 1.0, -1.0)
+        function(jnp.ones((3, 2)), epsilon=-1.0)

@@ -27,6 +27,10 @@ ORDER = [
     "jacobian",
     "initializers",
     "models.mlp",
+    "interop.entries",
+    "interop.flax",
+    "interop.nnx",
+    "interop.torch",
     "data.standardization",
     "data.builders",
     "data.loading",
@@ -42,8 +46,14 @@ ORDER = [
     "plots",
     "__init__",
 ]
-EMPTY = {"models.__init__", "sweeps.__init__"}
-ONLY_IN = {"matplotlib": {"plots"}, "tensorflow_datasets": {"data.builders"}, "absl": set(), "flax": set()}
+EMPTY = {"interop.__init__", "models.__init__", "sweeps.__init__"}
+ONLY_IN = {
+    "matplotlib": {"plots"},
+    "tensorflow_datasets": {"data.builders"},
+    "absl": set(),
+    "flax": {"interop.flax", "interop.nnx"},
+    "torch": set(),
+}
 
 
 def module_name(path):
