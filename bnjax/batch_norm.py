@@ -41,6 +41,7 @@ Where libraries differ:
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,20 +148,16 @@ def apply(
                 f"{name} has shape {value.shape}, but x {x.shape} has features {shape} on axis {axis}"
             )
 
+    scale, bias = (p if p is None else jnp.expand_dims(p, reduced) for p in params)
     if train:
-        x_hat, mean, var, count, _ = _standardize(x, epsilon, mask, reduced, axis_name)
-        stats = _update(stats, mean, var, count, momentum, debias, unbiased)
+        y, batch = _transform(x, scale, bias, epsilon, mask, reduced, axis_name)
+        stats = _update(stats, batch, momentum, debias, unbiased)
     else:
         mean, var = (jnp.expand_dims(s, reduced) for s in (stats.mean, stats.var))
         centred = x - mean
         if mask is not None:
             centred = jnp.where(mask, centred, 0)
-        x_hat = centred * reciprocal_sqrt(var + epsilon)
-    y = x_hat
-    if params.scale is not None:
-        y = y * jnp.expand_dims(params.scale, reduced)
-    if params.bias is not None:
-        y = y + jnp.expand_dims(params.bias, reduced)
+        y = _affine(centred * reciprocal_sqrt(var + epsilon), scale, bias)
     return y.astype(x.dtype), stats
 
 
@@ -192,7 +189,7 @@ def normalize(
       ValueError: if `axis` or `epsilon` is out of range, `mask` does not broadcast, or x has no axis but features.
     """
     x, epsilon, _, reduced, mask = _check(x, epsilon, axis, mask, pooled=axis_name is not None)
-    return _standardize(x, epsilon, mask, reduced, axis_name)[0].astype(x.dtype)
+    return _transform(x, None, None, epsilon, mask, reduced, axis_name)[0].astype(x.dtype)
 
 
 def standardize(
@@ -211,13 +208,22 @@ def standardize(
       a feature whose variance and epsilon are both 0, and for a batch of one). Both in at least float32.
     """
     x, epsilon, _, reduced, mask = _check(x, epsilon, axis, mask, pooled=axis_name is not None)
-    x_hat, _, _, _, inv_sigma = _standardize(x, epsilon, mask, reduced, axis_name)
-    return x_hat, inv_sigma
+    x_hat, batch = _transform(x, None, None, epsilon, mask, reduced, axis_name)
+    return x_hat, batch.inv_sigma
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _standardize(x, epsilon, mask, reduced, axis_name):
-    """Returns x_hat, mean, var, the number of valid entries, and 1 / sigma, in at least float32."""
+class _Standardized(NamedTuple):
+    """A batch in its own units, all in at least float32; [1, C] stands for size 1 on all but the feature axes."""
+
+    x_hat: jax.Array  # [N, ..., C], 0 where masked
+    mean: jax.Array  # [1, C]
+    var: jax.Array  # [1, C], biased; at most the largest number
+    count: jax.Array  # [] valid entries
+    inv_sigma: jax.Array  # [1, C] 1 / sqrt(var + epsilon), or 0 where the derivative of x_hat is
+
+
+def _statistics(x, epsilon, mask, reduced, axis_name) -> _Standardized:
+    """The two passes that the module's docstring describes."""
     x = x.astype(_statistics_dtype(x.dtype))
     sample = _one_sample(x, mask, reduced)
     if mask is not None:
@@ -225,75 +231,101 @@ def _standardize(x, epsilon, mask, reduced, axis_name):
     mean_of, count = _averager(x, mask, reduced)
 
     # First pass. Where the mean is the sample but for rounding, the sample is as good a centre, and it makes
-    # a constant feature exactly 0.
+    # a constant feature exactly 0. It is the centre, too, where the sum leaves the range of the format.
     centre = mean_of(x)
-    centre = jnp.where(jnp.abs(centre - sample) <= 2**-20 * jnp.abs(sample), sample, centre)
+    apart = jnp.abs(centre - sample) > 2**-20 * jnp.abs(sample)
+    centre = jnp.where(apart & jnp.isfinite(centre), centre, sample)
     magnitude = mean_of(jnp.abs(x))
     if axis_name is not None:
         magnitude = lax.pmax(magnitude, axis_name)
-    scale = _power_of_two(jnp.maximum(magnitude, jnp.sqrt(epsilon)))
-    per_scale = 1 / scale  # exact
+    unit = _power_of_two(jnp.maximum(magnitude, jnp.sqrt(epsilon)))
+    per_unit = 1 / unit  # exact
 
-    # Second pass, in units of the scale.
-    x = (x - centre) * per_scale
+    # Second pass.
+    x = (x - centre) * per_unit
     if mask is not None:
         x = jnp.where(mask, x, 0)
     mean = mean_of(x)
     var = jnp.maximum(mean_of(jnp.square(x)) - jnp.square(mean), 0)
+    origin, offset = centre, mean
     if axis_name is not None:
         # All means as seen from one of the centres, then Chan's formula.
         origin = lax.pmax(jnp.where(count > 0, centre, -jnp.inf), axis_name)
         origin = jnp.where(jnp.isneginf(origin), 0, origin)
-        shift = (centre - origin) * per_scale
+        shift = (centre - origin) * per_unit
         local_count, local_mean = count, mean + shift
         count = lax.psum(local_count, axis_name)
         mean = lax.psum(local_count * local_mean, axis_name) / jnp.maximum(count, 1)
         squares = local_count * (var + jnp.square(local_mean - mean))
         var = lax.psum(squares, axis_name) / jnp.maximum(count, 1)
-        x = x - (mean - shift)
-    else:
-        origin = centre
-        x = x - mean
+        offset = mean - shift
 
-    # Where no variance is left in these units, the feature is constant, or epsilon outweighs it by far.
-    inv_sigma = reciprocal_sqrt(epsilon)
-    factor = jnp.where(
-        var > 0, reciprocal_sqrt(var + epsilon * per_scale * per_scale), jnp.minimum(scale * inv_sigma, 1)
-    )
-    inv_sigma = jnp.where(var > 0, factor * per_scale, inv_sigma)
-    inv_sigma = jnp.where(count == 1, 0, inv_sigma)  # one sample: x_hat is 0 whatever it is
-    x_hat = x * factor
+    # Where no variance is left in these units, the feature is constant, or epsilon outweighs it by far. The
+    # divisions come last: XLA computes them once, and again for every element what comes after them.
+    root = jnp.sqrt(epsilon)
+    none_left = var == 0  # a NaN goes on
+    sigma = jnp.sqrt(var + epsilon * per_unit * per_unit)
+    sigma = jnp.where(none_left, jnp.maximum(root * per_unit, 1), sigma)
+    factor = 1 / sigma
+    sigma = jnp.where(none_left, jnp.where(root > 0, root, jnp.inf), sigma * unit)
+    inv_sigma = 1 / jnp.where(count == 1, jnp.inf, sigma)  # one sample: x_hat is 0 whatever it is
+    x_hat = (x - offset) * factor
     if mask is not None:
         x_hat = jnp.where(mask, x_hat, 0)
-    largest = jnp.finfo(x.dtype).max
-    return x_hat, origin + scale * mean, jnp.minimum(var * scale * scale, largest), count, inv_sigma
+    var = jnp.minimum(var * unit * unit, jnp.finfo(x.dtype).max)
+    return _Standardized(x_hat, origin + unit * mean, var, count, inv_sigma)
 
 
-@_standardize.defjvp
-def _standardize_jvp(reduced, axis_name, primals, tangents):
-    x, epsilon, mask = primals
-    dx, depsilon, _ = tangents
-    # `_standardize` again, so that a second derivative finds this rule again.
-    x_hat, mean, var, count, inv_sigma = _standardize(x, epsilon, mask, reduced, axis_name)
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
+def _transform(x, scale, bias, epsilon, mask, reduced, axis_name):
+    """Returns y = scale * x_hat + bias, and `_Standardized`. Scale and bias are [1, C] or None."""
+    batch = _statistics(x, epsilon, mask, reduced, axis_name)
+    return _affine(batch.x_hat, scale, bias), batch
+
+
+def _affine(x_hat, scale, bias):
+    if scale is not None:
+        x_hat = x_hat * scale.astype(x_hat.dtype)
+    if bias is not None:
+        x_hat = x_hat + bias.astype(x_hat.dtype)
+    return x_hat
+
+
+@_transform.defjvp
+def _transform_jvp(reduced, axis_name, primals, tangents):
+    x, scale, bias, epsilon, mask = primals
+    dx, dscale, dbias, depsilon, _ = tangents
+    # `_transform` again, so that a second derivative finds this rule again.
+    y, batch = _transform(x, scale, bias, epsilon, mask, reduced, axis_name)
+    x_hat, _, _, count, inv_sigma = batch
     dx = dx.astype(x_hat.dtype)
     if mask is not None:
         dx = jnp.where(mask, dx, 0)
     mean_of, _ = _averager(x_hat, mask, reduced, axis_name)  # counts in the precision of x_hat
     dmean = mean_of(dx)
     covariance = mean_of(x_hat * dx)  # = d(var) / (2 sigma)
-    dlog_sigma = inv_sigma * (covariance + 0.5 * inv_sigma * depsilon)
-    # Not inv_sigma * (dx - dmean): the transpose of these terms sums the cotangent as it comes.
-    dx_hat = inv_sigma * dx - inv_sigma * dmean - x_hat * dlog_sigma
-    if mask is not None:
-        dx_hat = jnp.where(mask, dx_hat, 0)
+    dsigma = covariance + 0.5 * inv_sigma * depsilon
+
+    # Three terms, each a [1, C] times what has N: their transpose sums the cotangent, and the cotangent times
+    # x_hat, once each for the gradients to x, scale and bias alike, and keeps nothing else of the size of x.
+    def tangent(slope, dscale, dbias):
+        shift = -slope * dmean
+        shift = (shift if mask is None else jnp.where(mask, shift, 0)) + dbias
+        return slope * dx + x_hat * (dscale - slope * dsigma) + shift
+
+    dx_hat = tangent(inv_sigma, 0, 0)
+    slope = inv_sigma if scale is None else scale.astype(x_hat.dtype) * inv_sigma
+    dy = tangent(slope, *(0 if t is None else t.astype(x_hat.dtype) for t in (dscale, dbias)))
+
     # 2 sigma covariance; a feature without variance has x_hat = 0 and so no covariance to scale.
     dvar = 2 * covariance * jnp.where(inv_sigma > 0, 1 / jnp.where(inv_sigma > 0, inv_sigma, 1), 0)
-    tangents_out = (dx_hat, dmean, dvar, jnp.zeros_like(count), -inv_sigma * dlog_sigma)
-    return (x_hat, mean, var, count, inv_sigma), tangents_out
+    dbatch = _Standardized(dx_hat, dmean, dvar, jnp.zeros_like(count), -jnp.square(inv_sigma) * dsigma)
+    return (y, batch), (dy, dbatch)
 
 
-def _update(stats, mean, var, count, momentum, debias, unbiased):
+def _update(stats, batch, momentum, debias, unbiased):
     """The running statistics after one more batch."""
+    mean, var, count = batch.mean, batch.var, batch.count
     if unbiased:
         var = var * (count / jnp.maximum(count - 1, 1))
     mean, var = (s.reshape(r.shape).astype(r.dtype) for s, r in ((mean, stats.mean), (var, stats.var)))

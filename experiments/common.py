@@ -95,7 +95,7 @@ def finished_results(folder: Path, asked: Mapping[str, Any], *, overwrite: bool)
       OSError: if the folder cannot be written.
       ValueError: if something else is there, or what is there is damaged; it says in what the results differ.
     """
-    _check_writable(folder)
+    check_writable(folder)
     if overwrite:
         return None
     if not (folder / RESULTS).exists():
@@ -133,7 +133,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """Makes the folder, and raises OSError naming it if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

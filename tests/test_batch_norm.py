@@ -106,8 +106,8 @@ def test_moments_are_differentiable_where_they_are_outputs():
         return x.mean(0, keepdims=True), x.var(0, keepdims=True), sigma2**-0.5
 
     def ours(x):
-        _, mean, var, _, inv_sigma = batch_norm._standardize(x, jnp.asarray(0.1), None, (0,), None)
-        return mean, var, inv_sigma
+        _, batch = batch_norm._transform(x, None, None, jnp.asarray(0.1), None, (0,), None)
+        return batch.mean, batch.var, batch.inv_sigma
 
     for a, e in zip(jax.jvp(ours, (x,), (dx,))[1], jax.jvp(moments, (x,), (dx,))[1], strict=True):
         np.testing.assert_allclose(a, e, atol=1e-13)
@@ -190,7 +190,7 @@ def test_first_sample_masked(first):
 
 
 @pytest.mark.parametrize("n", [2, 7, 4096])
-@pytest.mark.parametrize("magnitude", [1e30, 1e19, 1.0, 1e-19, 1e-30])
+@pytest.mark.parametrize("magnitude", [3e37, 1e30, 1e19, 1.0, 1e-19, 1e-30])
 @pytest.mark.parametrize("epsilon", [0.0, 1e-5, 1e6])
 def test_any_magnitude(magnitude, epsilon, n):
     """Values and first derivatives, the latter relative to cotangent / sigma; 4e-7 was seen."""
@@ -198,7 +198,7 @@ def test_any_magnitude(magnitude, epsilon, n):
     y, gradient, tangent = value_and_gradient(x, g, epsilon)
     x_hat, sigma = exact(x, epsilon)
     assert distance(y, x_hat) < 1e-6
-    for found in (gradient, tangent):
+    for found in (gradient, tangent) if magnitude < 1e37 else ():  # there, derivatives are below 1e-38
         assert distance(found, exact_gradient(x, g, epsilon), g / sigma) < 1e-6
 
 
@@ -232,7 +232,7 @@ def test_forward_is_the_same_under_powers_of_two_bitwise():
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 1000, 25_088])
-@pytest.mark.parametrize("value", [0.1, 3e7, -7e3, 1e30, 1e-30, np.pi])
+@pytest.mark.parametrize("value", [0.1, 3e7, -7e3, 1e30, 1e-30, np.pi, -3.4e38])
 def test_a_constant_feature_is_exactly_zero(value, n):
     for epsilon in (0.0, 1e-5):
         x = np.full((n, 1), value, np.float32)

@@ -1,0 +1,280 @@
+"""What the batch normalization layer costs, beside others of the same mathematics.
+
+    python -m experiments.benchmark
+
+times the forward and backward pass of a whole layer in training mode (y, updated statistics, gradients to x, scale
+and bias), and takes from the compiled program what it keeps from the one pass for the other, of
+
+    bnjax       corrected two-pass statistics at any magnitude, one custom_jvp rule
+    autodiff    the textbook formula, two passes, differentiated by JAX
+    flax        flax.linen.BatchNorm: E[x^2] - E[x]^2 (needs flax; left out without)
+    custom_vjp  the textbook formula with the closed form as its backward pass, reverse mode only
+
+all in one process, alternating, so that they share whatever the machine is doing. Expect bnjax below autodiff for
+large batches, and within 1.0 to 1.5 times the fastest: it sums twice as often, since the others are wrong far
+from zero. It keeps x_hat and 1 / sigma, as little as any.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from importlib import util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.progress
+import xarray as xr
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from bnjax import batch_norm
+from bnjax.types import BatchNormParams, BatchStats
+from bnjax.version import __version__
+from experiments import common
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_list(
+    "shapes",
+    "64x32,128x128,256x512,1024x256,8192x1024,32x28x28x64",
+    "Inputs, features last: NxC, or NxHxWxC for images.",
+)
+flags.DEFINE_integer("cells", 1, "Layers of each shape vmapped together, as in a sweep.", lower_bound=1)
+flags.DEFINE_integer("rounds", 21, "Alternating measurements of each implementation.", lower_bound=1)
+flags.DEFINE_float("milliseconds", 20.0, "Least length of one measurement.", lower_bound=0.0)
+flags.DEFINE_string("out", "results/benchmark", "Output folder.")
+flags.DEFINE_bool("overwrite", False, "Replace what is in the output folder.")
+
+MOMENTUM, EPSILON = 0.99, 1e-5
+Layer = Callable[[jax.Array, BatchNormParams, BatchStats], tuple[jax.Array, BatchStats]]
+
+
+def bnjax_layer(x, params, stats):
+    """Ours."""
+    return batch_norm.apply(params, stats, x, train=True, momentum=MOMENTUM, epsilon=EPSILON)
+
+
+def autodiff_layer(x, params, stats):
+    """The textbook formula, for JAX to differentiate."""
+    x_hat, _, mean, var = textbook(x)
+    return params.scale * x_hat + params.bias, averaged(stats, mean, var)
+
+
+def textbook(x):
+    """x_hat, 1 / sigma, mean and variance as the formula is written."""
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    var = jnp.square(x - mean).mean(axes)
+    inv_sigma = 1 / jnp.sqrt(var + EPSILON)
+    return (x - mean) * inv_sigma, inv_sigma, mean, var
+
+
+def averaged(stats, mean, var):
+    """The running statistics, as constants to the derivative."""
+    mean, var = (MOMENTUM * old + (1 - MOMENTUM) * new for old, new in ((stats.mean, mean), (stats.var, var)))
+    return jax.lax.stop_gradient(BatchStats(mean, var, stats.count + 1))
+
+
+def custom_vjp_layer(x, params, stats):
+    """The closed form as the backward pass of the textbook formula."""
+    x_hat, mean, var = closed_form(x)
+    return params.scale * x_hat + params.bias, averaged(stats, mean, var)
+
+
+@jax.custom_vjp
+def closed_form(x):
+    """x_hat, mean, variance; the derivative of the first alone."""
+    x_hat, _, mean, var = textbook(x)
+    return x_hat, mean, var
+
+
+def _closed_form_forward(x):
+    x_hat, inv_sigma, mean, var = textbook(x)
+    return (x_hat, mean, var), (x_hat, inv_sigma)
+
+
+def _closed_form_backward(residuals, cotangents):
+    x_hat, inv_sigma = residuals
+    g = cotangents[0]
+    axes = tuple(range(g.ndim - 1))
+    return (inv_sigma * (g - g.mean(axes) - x_hat * (g * x_hat).mean(axes)),)
+
+
+closed_form.defvjp(_closed_form_forward, _closed_form_backward)
+
+
+def flax_layer(x, params, stats):
+    """flax.linen's, with its defaults."""
+    import flax.linen as nn
+
+    layer = nn.BatchNorm(use_running_average=False, momentum=MOMENTUM, epsilon=EPSILON)
+    variables = {"params": params._asdict(), "batch_stats": {"mean": stats.mean, "var": stats.var}}
+    y, new = layer.apply(variables, x, mutable=["batch_stats"])
+    return y, BatchStats(**jax.lax.stop_gradient(new["batch_stats"]), count=stats.count + 1)
+
+
+def layers() -> dict[str, Layer]:
+    """The implementations that can be run here."""
+    found = {"bnjax": bnjax_layer, "autodiff": autodiff_layer}
+    if util.find_spec("flax"):
+        found["flax"] = flax_layer
+    return found | {"custom_vjp": custom_vjp_layer}
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """`128x64` -> (128, 64).
+
+    Raises:
+      ValueError: naming the flag, for any other text or a shape of fewer than two axes.
+    """
+    try:
+        shape = tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        shape = ()
+    if len(shape) < 2 or min(shape) < 1:
+        raise ValueError(f"--shapes takes sizes such as 128x64 or 32x28x28x64, each at least 1, got {text!r}")
+    return shape
+
+
+def problem(shape: tuple[int, ...], cells: int):
+    """x, parameters, statistics and cotangent: of one layer, or with a leading axis of more `cells`."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    leading = (cells,) if cells > 1 else ()
+    params, stats = batch_norm.init(shape[-1])
+    params, stats = jax.tree.map(lambda a: jnp.broadcast_to(a, (*leading, *a.shape)), (params, stats))
+    x, g = (jax.random.normal(key, (*leading, *shape)) for key in keys)
+    return x + 1, params, stats, g
+
+
+def over_cells(function: Callable, cells: int) -> Callable:
+    """The function for `cells` layers at once; for one, itself."""
+    return jax.vmap(function) if cells > 1 else function
+
+
+def both_passes(layer: Layer) -> Callable:
+    """(x, params, stats, cotangent) -> y, new statistics, gradients."""
+
+    def run(x, params, stats, g):
+        y, pullback, stats = jax.vjp(lambda x, params: layer(x, params, stats), x, params, has_aux=True)
+        return y, stats, pullback(g)
+
+    return run
+
+
+def residual_bytes(layer: Layer, cells: int, x, params, stats) -> int:
+    """What a forward pass keeps for the backward pass: the compiled program's output beyond y and statistics."""
+
+    def forward(x, params, stats):
+        return jax.vjp(lambda x, params: layer(x, params, stats), x, params, has_aux=True)
+
+    def compiled_output(function):
+        program = jax.jit(over_cells(function, cells)).lower(x, params, stats).compile()
+        return program.memory_analysis().output_size_in_bytes
+
+    return compiled_output(forward) - compiled_output(layer)
+
+
+def measure(shape: tuple[int, ...], cells: int, rounds: int, least_seconds: float, tick) -> xr.Dataset:
+    """Seconds per pass, [implementation, round], and residual bytes, [implementation]."""
+    x, params, stats, g = problem(shape, cells)
+    programs = {name: jax.jit(over_cells(both_passes(layer), cells)) for name, layer in layers().items()}
+    seconds = {name: [] for name in programs}
+
+    def once(program, repeats):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            result = program(x, params, stats, g)
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / repeats
+
+    for program in programs.values():
+        once(program, 2)  # compiles
+    repeats = max(1, math.ceil(least_seconds / once(programs["bnjax"], 3)))
+    for _ in range(rounds):
+        for name, program in programs.items():
+            seconds[name].append(once(program, repeats))
+        tick()
+    residuals = [residual_bytes(layer, cells, x, params, stats) for layer in layers().values()]
+    return xr.Dataset(
+        {
+            "seconds": (("implementation", "round"), list(seconds.values()), {"units": "s"}),
+            "residual_bytes": ("implementation", residuals, {"units": "B"}),
+        },
+        coords={"implementation": np.array(list(programs), object)},
+    )
+
+
+def report(results: xr.Dataset) -> tuple[Table, Table]:
+    """Time over the fastest implementation's, and residuals over the input's size."""
+    times = Table(
+        title="Forward + backward, times the fastest (median and quartiles over rounds), and microseconds"
+    )
+    kept = Table(title="Kept for the backward pass, times the size of x")
+    # Paired: each round's ratio to the implementation that is the fastest by its median.
+    fastest = results.seconds.median("round").argmin("implementation")
+    ratio = results.seconds / results.seconds.isel(implementation=fastest)
+    for table in (times, kept):
+        table.add_column("shape")
+        for name in results.implementation.values:
+            table.add_column(str(name), justify="right")
+    for shape in results["shape"].values:
+        size = 4 * math.prod(parse_shape(shape)) * results.attrs["cells"]
+        cells = []
+        for name in results.implementation.values:
+            at = {"shape": shape, "implementation": name}
+            low, middle, high = ratio.sel(at).quantile([0.25, 0.5, 0.75], "round").values
+            micro = 1e6 * float(results.seconds.sel(at).median())
+            cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}]  {micro:.0f}")
+        times.add_row(shape, *cells)
+        kept.add_row(shape, *(f"{b / size:.2f}" for b in results.residual_bytes.sel(shape=shape).values))
+    return times, kept
+
+
+def main(argv: list[str]) -> None:
+    """Flags -> measurements -> tables, stored result."""
+    with common.interruptible():
+        run(argv)
+
+
+def run(argv: list[str]) -> None:
+    """What `main` does, if it is not interrupted."""
+    common.prepare_process()
+    folder = Path(FLAGS.out).expanduser()
+    try:
+        if len(argv) > 1:
+            raise ValueError(f"unknown argument {argv[1]!r}: everything is set by flags")
+        shapes = [parse_shape(text) for text in FLAGS.shapes]
+        path = folder / common.RESULTS
+        if path.exists() and not FLAGS.overwrite:
+            raise ValueError(f"--out={folder} holds results already; choose another, or --overwrite")
+        common.check_writable(folder)
+    except (ValueError, OSError) as error:
+        raise common.fail(str(error)) from None
+    with rich.progress.Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("measuring", total=len(shapes) * FLAGS.rounds)
+        parts = [
+            measure(
+                shape, FLAGS.cells, FLAGS.rounds, FLAGS.milliseconds / 1e3, lambda: progress.advance(task)
+            )
+            for shape in shapes
+        ]
+    labels = np.array(["x".join(map(str, shape)) for shape in shapes], object)
+    results = xr.concat(parts, xr.DataArray(labels, dims="shape", name="shape"))
+    device = jax.devices()[0]
+    results.attrs = {
+        "cells": FLAGS.cells,
+        "command": common.command("benchmark"),
+        "device": device.device_kind,
+        "versions": {"bnjax": __version__, "jax": jax.__version__},
+    }
+    path = common.save(results, folder, overwrite=FLAGS.overwrite)
+    for table in report(results):
+        common.console().print(table)
+    print(f"On {device.device_kind}, {FLAGS.cells} at a time. All measurements: {path}")
+
+
+if __name__ == "__main__":
+    app.run(main)
