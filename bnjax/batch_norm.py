@@ -309,7 +309,7 @@ def _transform_jvp(reduced, axis_name, primals, tangents):
     # Three terms, each a [1, C] times what has N: their transpose sums the cotangent, and the cotangent times
     # x_hat, once each for the gradients to x, scale and bias alike, and keeps nothing else of the size of x.
     def tangent(slope, dscale, dbias):
-        shift = -slope * dmean
+        shift = -(slope * dmean)
         shift = (shift if mask is None else jnp.where(mask, shift, 0)) + dbias
         return slope * dx + x_hat * (dscale - slope * dsigma) + shift
 

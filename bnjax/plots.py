@@ -73,3 +73,34 @@ def robustness(
         title_fontsize=9,
     )
     return figure
+
+
+def jacobian(J: np.ndarray, spectrum: np.ndarray, numeric: np.ndarray, *, title: str = "") -> Figure:
+    """One feature's Jacobian as a map, and its eigenvalues in closed form beside a numerical solver's.
+
+    Args:
+      J: [N, N], from `bnjax.jacobian.dense`; y-units per x-unit.
+      spectrum: [N], from `bnjax.jacobian.spectrum`.
+      numeric: [N], the eigenvalues by other means, ascending.
+      title: above the figure.
+
+    Returns:
+      A matplotlib figure of two panels.
+    """
+    figure = Figure(figsize=(9.5, 4.2), layout="constrained", dpi=150)
+    left, right = figure.subplots(1, 2)
+    largest = max(float(np.abs(J).max()), np.finfo(float).tiny)
+    image = left.imshow(J, cmap="PuOr", vmin=-largest, vmax=largest)
+    left.set(xlabel="input sample j", ylabel="output sample i", title="J = dy / dx of one feature")
+    figure.colorbar(image, ax=left, label="dy_i / dx_j")
+    index = np.arange(1, len(spectrum) + 1)
+    right.plot(
+        index, numeric, "o", color=COLORS[0], markersize=9, fillstyle="none", label="autodiff, eigvalsh"
+    )
+    right.plot(index, spectrum, "x", color=COLORS[1], label="closed form")
+    right.axhline(0, color="0.4", linewidth=1, linestyle=":", zorder=1)
+    right.set(xlabel="eigenvalue, in ascending order", ylabel="value (y-units per x-unit)", title="Spectrum")
+    right.grid(alpha=0.25)
+    right.legend(fontsize=9)
+    figure.suptitle(title)
+    return figure

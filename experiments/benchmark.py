@@ -246,7 +246,7 @@ def run(argv: list[str]) -> None:
     try:
         if len(argv) > 1:
             raise ValueError(f"unknown argument {argv[1]!r}: everything is set by flags")
-        shapes = [parse_shape(text) for text in FLAGS.shapes]
+        shapes = [parse_shape(text) for text in FLAGS.shapes or [""]]
         path = folder / common.RESULTS
         if path.exists() and not FLAGS.overwrite:
             raise ValueError(f"--out={folder} holds results already; choose another, or --overwrite")

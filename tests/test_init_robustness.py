@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
+import scripts
 
 import bnjax
-from experiments import common, init_robustness
+from experiments import common
 
+init_robustness = scripts.load("init_robustness")
 ROOT = Path(__file__).parents[1]
 TINY = {
     "train_examples": 300,
@@ -39,15 +40,9 @@ def main(data_dir, tmp_path):
     """Runs the experiment in this process, with flags over the tiny ones; the output folder is tmp_path/out."""
 
     def call(**options):
-        values = TINY | {"data_dir": data_dir, "out": str(tmp_path / "out")} | options
-        argv = ["init_robustness.py", *(f"--{name}={value}" for name, value in values.items())]
-        flags.FLAGS.unparse_flags()
-        for name in flags.FLAGS:
-            flags.FLAGS[name].unparse()
-        try:
-            init_robustness.main(flags.FLAGS(argv))
-        finally:
-            flags.FLAGS.unparse_flags()
+        scripts.run(
+            "init_robustness", **(TINY | {"data_dir": data_dir, "out": str(tmp_path / "out")} | options)
+        )
 
     return call
 

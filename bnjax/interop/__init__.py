@@ -1,0 +1,1 @@
+"""To and from other libraries: `interop.flax`, `interop.nnx`, `interop.torch`. Import the one you need."""

@@ -1,0 +1,103 @@
+"""The short experiments' main runs at a tiny size, and what they refuse."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+import scripts
+
+import bnjax
+from bnjax import batch_norm
+
+benchmark = scripts.load("benchmark")
+TINY = {"shapes": "8x4,2x3x3x4", "rounds": 2, "milliseconds": 0.1}
+
+
+@pytest.fixture
+def main(tmp_path):
+    """Runs an experiment in this process, with its defaults but for the flags given; --out is tmp_path/out."""
+
+    def call(name, **options):
+        scripts.run(name, **({"out": str(tmp_path / "out")} | options))
+        return tmp_path / "out"
+
+    return call
+
+
+class TestBenchmark:
+    @pytest.mark.parametrize("cells", [1, 3])
+    def test_main(self, main, capsys, cells):
+        folder = main("benchmark", cells=cells, **TINY)
+        results = bnjax.load_results(folder / "results.zarr")
+        assert dict(results.sizes) == {"shape": 2, "implementation": 4, "round": 2}
+        assert (results.seconds > 0).all()
+        kept = results.residual_bytes.sel(shape="2x3x3x4")
+        assert (kept >= cells * 2 * 3 * 3 * 4 * 4).all()  # x, or as much, in bytes
+        printed = capsys.readouterr().out
+        assert "8x4" in printed
+        assert str(folder) in printed
+
+    def test_residuals_are_no_larger_than_any(self):
+        """Of a size that counts: what a feature keeps once, against what a sample does."""
+        arguments = benchmark.problem((64, 32), 1)[:3]
+        kept = {name: benchmark.residual_bytes(f, 1, *arguments) for name, f in benchmark.layers().items()}
+        a_row = 4 * 32
+        assert kept["bnjax"] <= min(kept.values()) + a_row
+        assert kept["bnjax"] < 0.6 * min(kept["autodiff"], kept["flax"])
+
+    def test_implementations_agree(self):
+        """They are timed on the same task: outputs, statistics and gradients to float32's rounding."""
+        arguments = benchmark.problem((64, 8), 1)
+        expected, *others = (
+            jax.tree.leaves(jax.jit(benchmark.both_passes(layer))(*arguments))
+            for layer in benchmark.layers().values()
+        )
+        assert len(others) == 3
+        for found in others:
+            for a, b in zip(found, expected, strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("shape", ["8", "8x", "0x3", "axb", ""])
+    def test_bad_shapes(self, main, shape):
+        with pytest.raises(SystemExit, match=r"error: --shapes takes sizes such as .* got"):
+            main("benchmark", shapes=shape)
+
+    def test_existing_results_are_kept(self, main, tmp_path):
+        (tmp_path / "out" / "results.zarr").mkdir(parents=True)
+        with pytest.raises(SystemExit, match="holds results already"):
+            main("benchmark", **TINY)
+
+
+class TestJacobianCheck:
+    def test_main(self, main, capsys):
+        folder = main("jacobian_check", samples=5, masked=1, operator_samples=100)
+        printed = capsys.readouterr().out
+        errors = re.findall(r"│\s+(\S+e-\d+) │\s+(\S+e-\d+) │", printed)
+        assert len(errors) == 8
+        assert all(float(double) < 1e-13 and float(single) < 1e-5 for double, single in errors)
+        assert (folder / "jacobian.png").stat().st_size > 10_000
+
+    def test_a_wrong_closed_form_is_found(self, main, monkeypatch):
+        right = batch_norm.standardize
+
+        def wrong(*args, **kwargs):
+            x_hat, inv_sigma = right(*args, **kwargs)
+            return x_hat, inv_sigma * 1.001
+
+        monkeypatch.setattr(batch_norm, "standardize", wrong)
+        with pytest.raises(SystemExit, match="differs from autodiff"):
+            main("jacobian_check", samples=5, operator_samples=100)
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"samples": 4, "masked": 4}, "--masked=4 leaves none of --samples=4"),
+            ({"activation": "tan"}, "tanh"),
+            ({"epsilon": 0}, "--epsilon must be above 0"),
+            ({"scale": "nan"}, "--scale must be finite"),
+        ],
+    )
+    def test_bad_flags(self, main, options, words):
+        with pytest.raises(SystemExit, match=words):
+            main("jacobian_check", **options)
