@@ -102,7 +102,8 @@ def test_importing_the_library_imports_nothing_heavy_or_optional():
 
 def test_requirements_are_the_dependencies_and_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    extras = project["optional-dependencies"]
+    declared = [*project["dependencies"], *itertools.chain(*(extras[e] for e in extras if e != "peers"))]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     listed = [line for line in lines if line and not line.startswith("#")]
     assert sorted(listed) == sorted(d for d in declared if not d.startswith("bnjax["))
@@ -134,10 +135,20 @@ def test_wheel_holds_the_package_and_its_data_and_nothing_else(tmp_path):
     assert {name.partition("/")[0].split("-")[0] for name in names} == {"bnjax"}
 
 
+def snippets(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_snippets_of_the_docs(page, tmp_path, monkeypatch):
+    """Their own assertions say what is to hold."""
+    monkeypatch.chdir(tmp_path)
+    for snippet in snippets(page.read_text()):
+        exec(compile(snippet, page.name, "exec"), {})
+
+
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize(
-    "snippet", re.findall(r"```python\n(.*?)```", README, re.DOTALL), ids=lambda s: s.split("\n")[0]
-)
+@pytest.mark.parametrize("snippet", snippets(README), ids=lambda s: s.split("\n")[0])
 def test_readme_snippet(snippet, tmp_path, monkeypatch):
     """As a user would run it: on its own, in an empty folder, with an empty cache. Networks with batch
     normalization train at every scale of the snippets: 50%, where chance is 10%, is far from either.
@@ -156,7 +167,7 @@ def test_readme_snippet(snippet, tmp_path, monkeypatch):
 
 
 def test_sweeping_a_users_own_network_takes_at_most_ten_lines():
-    (snippet,) = (s for s in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "flax" in s)
+    (snippet,) = (s for s in snippets(README) if "flax" in s)
     sweep = snippet[snippet.index("def init") :]  # after the imports and the network itself
     assert "def apply" in sweep
     assert "bnjax.sweep" in sweep

@@ -1,0 +1,260 @@
+"""The table of implementations: its reference, rows that catch what is wrong, the whole run, and the page it is on."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scripts
+
+from experiments.conformance import cases, layers, reference
+
+bn_conformance = scripts.load("bn_conformance")
+PAGE = Path(__file__).parents[1] / "docs" / "batch_norm.md"
+
+
+@pytest.fixture
+def main(tmp_path):
+    """Runs the script in this process; the output folder is tmp_path/out."""
+
+    def call(**options):
+        scripts.run("bn_conformance", **({"out": str(tmp_path / "out")} | options))
+
+    return call
+
+
+def rows(*names):
+    """The rows of these names."""
+    found = {row.name: row for row in cases.rows()}
+    return [found[name] for name in names]
+
+
+def tables(page):
+    """{row's title: {implementation: cell}} for all rows of a page, and the headings with versions."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page if line.startswith("| ")]
+    versions, header, found = lines[0][1:], None, {}
+    for title, *cells in lines:
+        if not title:
+            header = cells
+            continue
+        assert title not in found
+        assert len(cells) == len(header)
+        found[title] = dict(zip(header, cells, strict=True))
+    return versions, found
+
+
+class TestReference:
+    x, g = cases.draw((6, 3), mean=2.0), cases.draw((6, 3), seed=1)
+    scale, bias = cases.parameters((3,))
+    mask = cases.mask_of(6, 1, 4)
+
+    def loss(self, x, scale, bias):
+        y = reference.train(x, scale, bias, mask=self.mask, epsilon=0.1).y
+        return np.where(self.mask, y * self.g, 0).sum()
+
+    def test_derivatives_are_those_of_the_output(self):
+        """By central differences with steps of 1e-4, whose error is 1e-8; numpy's longest floats may be float64."""
+        at = [a.astype(np.longdouble) for a in (self.x, self.scale, self.bias)]
+        exact = reference.train(*at, mask=self.mask, epsilon=0.1, cotangent=self.g)
+        for which, expected in enumerate((exact.dx, exact.dscale, exact.dbias)):
+            for place in np.ndindex(expected.shape):
+                step = np.zeros(expected.shape)
+                step[place] = 1e-4
+                up, down = (self.loss(*at[:which], at[which] + s, *at[which + 1 :]) for s in (step, -step))
+                assert (up - down) / 2e-4 == pytest.approx(float(expected[place]), abs=1e-6)
+
+    @pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
+    def test_averages_are_those_of_the_loop(self, momentum):
+        means, variances = np.float64(cases.draw((4, 2))), 1 + np.float64(cases.draw((4, 2), seed=1)) ** 2
+        mean, var = np.zeros(2), np.ones(2)
+        for m, v in zip(means, variances * 8 / 7, strict=True):
+            mean, var = momentum * mean + (1 - momentum) * m, momentum * var + (1 - momentum) * v
+        found = reference.averages(means, variances, [8] * 4, momentum=momentum, debias=False, unbiased=True)
+        np.testing.assert_allclose(found, (mean, var), rtol=1e-12)
+
+
+class TestWrongImplementations:
+    """Each row must be able to fail: bnjax's layer with one thing wrong, and rows that should see it."""
+
+    def off(self, options):
+        made = layers.bnjax_layer(options)
+
+        def train(*args):
+            y, *rest = made.train(*args)
+            return y + 1e-3, *rest
+
+        return made._replace(train=train)
+
+    def without_mask(self, options):
+        made = layers.bnjax_layer(options)
+        return made._replace(train=lambda params, stats, x, mask, g: made.train(params, stats, x, None, g))
+
+    def by_device(self, options):
+        return layers.bnjax_layer(options._replace(axis_name=None))
+
+    def swapped_momentum(self, options):
+        return layers.bnjax_layer(options._replace(momentum=1 - options.momentum))
+
+    def double_gradient(self, options):
+        made = layers.bnjax_layer(options)
+
+        def train(*args):
+            *rest, dx, dparams = made.train(*args)
+            return *rest, 2 * dx, dparams
+
+        return made._replace(train=train)
+
+    def unbiased(self, options):
+        return layers.bnjax_layer(options._replace(unbiased=True))
+
+    @pytest.mark.parametrize(
+        ("fault", "names"),
+        [
+            (off, ["axis: [N, C]", "mean/std 1e4, N = 512: output", "batch of one: output is the bias"]),
+            (
+                without_mask,
+                ["mask: output", "mask: gradient", "mask: statistics", "NaN in masked entries: output"],
+            ),
+            (without_mask, ["fully masked: running statistics as they were"]),
+            (by_device, ["axis_name: output", "axis_name: gradient", "axis_name: statistics"]),
+            (swapped_momentum, ["momentum 0.9: running statistics after 5 batches"]),
+            (swapped_momentum, ["momentum 1: running statistics as they were"]),
+            (
+                double_gradient,
+                ["without scale", "mean/std 1e4, N = 512: gradient", "inputs near 1e30: gradient"],
+            ),
+            (unbiased, ["biased running variance, by option or default", "mask: statistics"]),
+        ],
+    )
+    def test_is_caught(self, monkeypatch, fault, names):
+        wrong = layers.Implementation("wrong", "bnjax", "bnjax", lambda options: fault(self, options))
+        monkeypatch.setitem(layers.ALL, "wrong", wrong)
+        layers.layer.cache_clear()
+        for row in rows(*names):
+            assert cases.run(row, "bnjax").status == "pass"
+            assert cases.run(row, "wrong").status == "fail", row.name
+
+
+@pytest.mark.parametrize("name", ["flax_linen", "flax_nnx"])
+def test_flax(name):
+    """Where it is right, wrong, of another convention, and does not offer something: the four kinds of cell."""
+    expected = {
+        "axis: [N, C]": "pass",
+        "mask: output": "pass",
+        "mean/std 1e4, N = 512: output": "fail",
+        "fully masked: running statistics as they were": "fail",
+        "batch of one: running variance as it was": "other",
+        "momentum None: average over 5 batches": "not offered",
+    }
+    assert {row.name: cases.run(row, name).status for row in rows(*expected)} == expected
+
+
+def test_errors_as_text():
+    values = [3.2e-7, 0.0, 4, 0.04, 1.0, np.float32("nan"), np.inf]
+    assert [cases.number(v) for v in values] == ["3e-7", "0", "4", "4e-2", "1e0", "NaN", "Inf"]
+
+
+def test_whole_run_for_bnjax(main, tmp_path, capsys):
+    """Every row passes; the table goes to the folder, and to a page, the same both times."""
+    page = tmp_path / "page.md"
+    shutil.copy(PAGE, page)
+    main(implementations="bnjax", docs=page)
+    count = len(cases.rows())
+    out = capsys.readouterr().out
+    assert f"{count} passed, 0 failed, 0 another convention, 0 not offered" in out
+    for group in bn_conformance.GROUPS:
+        assert group in out
+    written = (tmp_path / "out" / "conformance.md").read_text()
+    _, found = tables(written.splitlines())
+    assert {bn_conformance.title(row) for row in cases.rows()} <= {*found}
+    assert "Measured with Python" in written
+    assert page.read_text().startswith(PAGE.read_text().partition(bn_conformance.BEGIN)[0])
+    assert tables(page.read_text().partition(bn_conformance.BEGIN)[2].splitlines()) == tables(
+        written.splitlines()
+    )
+
+
+@pytest.mark.slow
+def test_whole_run(main, tmp_path):
+    """With every implementation that is installed."""
+    main()
+    _, found = tables((tmp_path / "out" / "conformance.md").read_text().splitlines())
+    assert found["passed"]["bnjax " + layers.find(layers.ALL["bnjax"])[1]] == str(len(cases.rows()))
+
+
+class TestPage:
+    versions, found = tables(PAGE.read_text().partition(bn_conformance.BEGIN)[2].splitlines())
+
+    def test_has_every_row_and_no_other_and_bnjax_passes_them(self):
+        measured = {bn_conformance.title(row) for row in cases.rows() if row.group != cases.ONNX}
+        on_page = {*self.found} - {*bn_conformance.STATUSES.values()}
+        onnx = {title for title in on_page if title.startswith("batchnorm_")}
+        assert on_page - onnx == measured
+        assert len(onnx) == 4
+        if cases.onnx_cases():
+            assert onnx == {*cases.onnx_cases()}
+        for title in on_page:
+            assert re.fullmatch(r"pass|0|\de-\d+", self.found[title]["bnjax"]), title
+
+    def test_says_how_small_the_error_of_bnjax_is(self):
+        assert "the error of bnjax is below 1e-6 in every row" in " ".join(PAGE.read_text().split())
+        for title, cells in self.found.items():
+            if re.match(r"[\de-]+$", cells.get("bnjax", "")) and "float16" not in title:
+                assert float(cells["bnjax"]) < 1e-6, title
+
+    def test_names_the_versions_of_all(self):
+        titles = [implementation.title for implementation in layers.ALL.values()]
+        assert all(
+            re.fullmatch(re.escape(t) + r" \d[\w.+]*", v) for t, v in zip(titles, self.versions, strict=True)
+        )
+
+
+def test_bnjax_failing_ends_with_status_1(main, monkeypatch, tmp_path):
+    first, second = rows("axis: [N, C]", "momentum 1: running statistics as they were")
+    monkeypatch.setattr(cases, "rows", lambda: [first._replace(tolerance=-1.0), second])
+    with pytest.raises(SystemExit, match=r"error: bnjax fails 1 of 2 rows: axis: \[N, C\]$"):
+        main(implementations="bnjax")
+    assert "| axis: [N, C] | **" in (tmp_path / "out" / "conformance.md").read_text()
+
+
+def test_what_is_not_installed_is_shown_as_such(main, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(layers.ALL, "haiku", layers.ALL["haiku"]._replace(module="no_such_module.part"))
+    monkeypatch.setitem(sys.modules, "onnx.backend.test.case.node", None)  # its import then fails
+    assert cases.onnx_cases() == {}
+    one = rows("axis: [N, C]")
+    monkeypatch.setattr(cases, "rows", lambda: one)
+    main(implementations="bnjax,haiku")
+    out = capsys.readouterr().out
+    assert "Haiku not installed" in out
+    assert "ONNX backend node cases: onnx is not installed" in out
+    written = (tmp_path / "out" / "conformance.md").read_text()
+    assert "| axis: [N, C] | pass |  |" in written
+    assert "**ONNX backend node cases**: onnx is not installed" in written
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"implementations": "flax_lines"},
+            r"unknown implementation 'flax_lines' \(did you mean 'flax_linen'\?\)",
+        ),
+        ({"implementations": ""}, "--implementations is empty"),
+        (
+            {"docs": "nowhere.md"},
+            "--docs=nowhere.md is not a page with the markers <!-- bn_conformance: begin",
+        ),
+        ({"out": "/dev/null/out"}, "--out=/dev/null/out cannot be written"),
+    ],
+)
+def test_bad_flags_before_any_work(main, monkeypatch, options, words):
+    monkeypatch.setattr(cases, "run", lambda *_: pytest.fail("work was started"))
+    with pytest.raises(SystemExit, match="error: " + words):
+        main(**options)
+
+
+def test_arguments_that_are_no_flags(tmp_path):
+    with pytest.raises(ValueError, match="unknown argument 'bnjax'"):
+        bn_conformance.check(["bn_conformance.py", "bnjax"], tmp_path, None)
