@@ -351,12 +351,14 @@ def _averager(x, mask, reduced, axis_name=None):
     count = jnp.asarray(size, x.dtype) if mask is None else mask.sum(dtype=x.dtype)
     if axis_name is not None:
         count = lax.psum(count, axis_name)
+    # A plain number where it is known, which the backward pass need not keep.
+    divisor = max(size, 1) if mask is None and axis_name is None else jnp.maximum(count, 1)
 
     def mean_of(values):
         total = values.sum(reduced, keepdims=True)
         if axis_name is not None:
             total = lax.psum(total, axis_name)
-        return total / jnp.maximum(count, 1)
+        return total / divisor
 
     return mean_of, count
 

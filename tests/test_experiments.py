@@ -26,7 +26,7 @@ def main(tmp_path):
 
 
 class TestBenchmark:
-    @pytest.mark.parametrize("cells", [1, 3])
+    @pytest.mark.parametrize("cells", [3, pytest.param(1, marks=pytest.mark.slow)])
     def test_main(self, main, capsys, cells):
         folder = main("benchmark", cells=cells, **TINY)
         results = bnjax.load_results(folder / "results.zarr")

@@ -125,6 +125,7 @@ def test_other_results_are_refused_unless_they_may_be_replaced(main, tmp_path):
     assert bnjax.load_results(tmp_path / "out" / "results.zarr").attrs["config"]["steps"] == 16
 
 
+@pytest.mark.slow
 def test_learning_rates_and_initializers(main, capsys, tmp_path):
     main(
         learning_rates="0.01,0.1",

@@ -186,7 +186,8 @@ def test_flax_layer_continues_a_cumulative_average_only_with_its_count():
 
 @pytest.mark.parametrize(
     ("options", "freeze_hidden"),
-    [(options, False) for options in NETWORKS] + [(NETWORKS[0], True)],
+    [(NETWORKS[0], True), (NETWORKS[2], False)]
+    + [pytest.param(NETWORKS[i], False, marks=pytest.mark.slow) for i in (0, 1, 3, 4)],
     ids=str,
 )
 def test_flax_mlp(x64, options, freeze_hidden):
@@ -285,7 +286,13 @@ def test_torch_layer(x64, case):
 
 
 @pytest.mark.parametrize(
-    ("case", "freeze_hidden"), [(case, False) for case in TORCH_MLPS] + [("relu_before", True)]
+    ("case", "freeze_hidden"),
+    [("relu_before", True), ("gelu_after_no_bias", False)]
+    + [
+        pytest.param(case, False, marks=pytest.mark.slow)
+        for case in TORCH_MLPS
+        if case != "gelu_after_no_bias"
+    ],
 )
 def test_torch_mlp(x64, case, freeze_hidden):
     """A round trip, outputs in both modes before and after training, statistics, gradients."""
@@ -319,6 +326,7 @@ def test_torch_mlp(x64, case, freeze_hidden):
     close(model.apply(params, stats, record["x"][0], train=False)[0], record["eval_after"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["relu_before", "gelu_after_no_bias"])
 def test_torch_mlp_in_float32(case):
     record = golden(case)
@@ -439,6 +447,10 @@ def test_errors_name_what_does_not_fit(convert, message):
 # The modules, in the place of Flax's.
 
 
+def slow(cases):
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 def linen_pair(**options):
     return nn.BatchNorm(**options), to_from_flax.BatchNorm(**options)
 
@@ -460,9 +472,15 @@ PRECISION = {"float32": 5e-6, "bfloat16": 2**-7, "float16": 2**-10}  # of the sh
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, "float32") for name in OPTIONS]
-    + [("default", "int32")]
-    + [(name, "bfloat16") for name in ("default", "neither", "bfloat16", "param_dtype", "float32_result")],
+    [
+        ("no_scale", "float32"),
+        ("two_axes", "float32"),
+        ("draws", "float32"),
+        ("param_dtype", "bfloat16"),
+        *slow((name, "float32") for name in OPTIONS if name not in ("no_scale", "two_axes", "draws")),
+        *slow([("default", "int32")]),
+        *slow((name, "bfloat16") for name in ("default", "neither", "bfloat16", "float32_result")),
+    ],
 )
 def test_linen_module_is_flaxs(name, dtype):
     """Bitwise the same initial variables; the same outputs, statistics, gradients and dtypes."""
@@ -650,8 +668,13 @@ def test_module_errors(options, call, message):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, "float32") for name in OPTIONS if name != "two_axes"]
-    + [("default", "bfloat16"), ("neither", "bfloat16"), ("bfloat16", "bfloat16")],
+    [
+        ("no_bias", "float32"),
+        ("channels_first", "float32"),
+        ("bfloat16", "bfloat16"),
+        *slow((name, "float32") for name in OPTIONS if name not in ("no_bias", "channels_first", "two_axes")),
+        *slow([("default", "bfloat16"), ("neither", "bfloat16")]),
+    ],
 )
 def test_nnx_module_is_flaxs(name, dtype):
     options = OPTIONS[name]

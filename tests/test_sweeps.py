@@ -112,7 +112,10 @@ class TestSweep:
         for name, model in models.items():
             assert (both.test_loss.sel(model=name) == sweep(blobs, {"seed": range(3)}, model).test_loss).all()
 
-    @pytest.mark.parametrize("options", [{"width": 2}, {"width": 5}, {"devices": jax.devices()[:1]}])
+    @pytest.mark.parametrize(
+        "options",
+        [{"width": 1}, {"devices": jax.devices()[:1]}, pytest.param({"width": 5}, marks=pytest.mark.slow)],
+    )
     def test_width_and_devices_change_nothing_but_rounding(self, blobs, options):
         expected, found = sweep(blobs, self.axes), sweep(blobs, self.axes, **options)
         np.testing.assert_allclose(found.test_loss, expected.test_loss, rtol=1e-3)

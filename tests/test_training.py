@@ -88,7 +88,13 @@ def rmsprop(h, t, params, grads, state):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "learning_rate"), [(sgd, 0.1), (adam, 0.01), (adamw, 0.01), (rmsprop, 0.003)]
+    ("optimizer", "learning_rate"),
+    [
+        (sgd, 0.1),
+        (adam, 0.01),
+        pytest.param(adamw, 0.01, marks=pytest.mark.slow),
+        pytest.param(rmsprop, 0.003, marks=pytest.mark.slow),
+    ],
 )
 def test_agrees_with_a_plain_loop(blobs, optimizer, learning_rate):
     """20 steps in float32; a loss that is wrong in its formula is off by far more than 1e-3."""
@@ -257,7 +263,7 @@ def test_hyperparameters_are_traced_and_recompile_nothing(blobs):
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_runs_with_x64_on(blobs, optimizer):
     """Hyperparameters that are float64 and int64 arrays widen nothing."""
     hyper = jax.tree.map(jnp.asarray, bnjax.Hyperparams(learning_rate=0.01))
