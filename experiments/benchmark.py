@@ -233,14 +233,9 @@ def report(results: xr.Dataset) -> tuple[Table, Table]:
     return times, kept
 
 
+@common.interruptible()
 def main(argv: list[str]) -> None:
     """Flags -> measurements -> tables, stored result."""
-    with common.interruptible():
-        run(argv)
-
-
-def run(argv: list[str]) -> None:
-    """What `main` does, if it is not interrupted."""
     common.prepare_process()
     folder = Path(FLAGS.out).expanduser()
     try:

@@ -44,14 +44,9 @@ Found = dict[str, tuple[bool, str]]  # by implementation: installed?, and its ve
 Results = dict[str, dict[str, Result]]  # by implementation, of those installed, then by row
 
 
+@common.interruptible()
 def main(argv: list[str]) -> None:
     """Flags -> measurements -> tables."""
-    with common.interruptible():
-        run(argv)
-
-
-def run(argv: list[str]) -> None:
-    """What `main` does, if it is not interrupted."""
     common.prepare_process()
     folder = Path(FLAGS.out).expanduser()
     page = Path(FLAGS.docs).expanduser() if FLAGS.docs else None

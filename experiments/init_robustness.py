@@ -77,14 +77,9 @@ class Job(NamedTuple):
     data_args: dict[str, Any]
 
 
+@common.interruptible()
 def main(argv: list[str]) -> None:
     """Flags -> sweep -> table, figure, stored result."""
-    with common.interruptible():
-        run(argv)
-
-
-def run(argv: list[str]) -> None:
-    """What `main` does, if it is not interrupted."""
     common.prepare_process()
     folder = Path(FLAGS.out).expanduser()
     try:

@@ -150,6 +150,7 @@ def draw(path: Path) -> None:
         ).savefig(path)
 
 
+@common.interruptible()
 def main(argv: list[str]) -> None:
     """Flags -> comparisons -> table, figure."""
     common.prepare_process()
