@@ -19,6 +19,7 @@ scale / sqrt(running var + epsilon).
 `matvec` is J as an operator, `hvp` its derivative; `block` is the Jacobian of a layer activation(BN(x W)).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ def matvec(
       TypeError: if x is not floating point.
       ValueError: if x has not two axes, or epsilon or mask do not fit.
     """
-    _check(x, dx)
+    mask = _check(x, mask, scale, dx=dx)
     _, tangent = jax.jvp(lambda x: batch_norm.normalize(x, epsilon, mask=mask), (x,), (dx,))
     return scale * tangent
 
@@ -77,7 +78,7 @@ def dense(
       TypeError: if x is not floating point.
       ValueError: if x has not two axes, or epsilon or mask do not fit.
     """
-    _check(x)
+    mask = _check(x, mask, scale)
     x_hat, valid, count, factor, _ = _parts(x, scale, epsilon, mask)
     outer = jnp.einsum("ic,jc->cij", x_hat, x_hat, precision="highest")
     projector = jnp.diag(valid) - (valid[:, None] * valid[None, :] + outer) / count
@@ -102,7 +103,7 @@ def spectrum(
       TypeError: if x is not floating point.
       ValueError: if x has not two axes, or epsilon or mask do not fit.
     """
-    _check(x)
+    mask = _check(x, mask, scale)
     _, valid, _, factor, shrink = _parts(x, scale, epsilon, mask)
     zeros = len(x) - valid.sum() + 1  # the constant vector, and every masked sample
     k = jnp.arange(len(x))
@@ -134,7 +135,7 @@ def parameters(
       TypeError: if x is not floating point.
       ValueError: if x has not two axes, or epsilon or mask do not fit.
     """
-    _check(x)
+    mask = _check(x, mask)
     x_hat, _ = batch_norm.standardize(x, epsilon, mask=mask)
     return BatchNormParams(scale=x_hat, bias=jnp.ones_like(x_hat))
 
@@ -154,7 +155,14 @@ def evaluation(
     Returns:
       [C], `dy[i, c] / dx[i, c]` for each valid i; all other derivatives are 0. It is 0 for a feature whose var
       and epsilon are both 0, as in `batch_norm.apply`.
+
+    Raises:
+      ValueError: if scale and var have not the same one axis, or epsilon is out of range.
     """
+    if var.ndim != 1 or scale.shape != var.shape:
+        raise ValueError(f"scale and var must be [C], got {scale.shape} and {var.shape}")
+    if not isinstance(epsilon, jax.core.Tracer) and not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must be >= 0 and finite, got {epsilon}")
     return scale * batch_norm.reciprocal_sqrt(var + epsilon)
 
 
@@ -190,7 +198,7 @@ def hvp(
       TypeError: if x is not floating point.
       ValueError: if an array has not two axes, or epsilon or mask do not fit.
     """
-    _check(x, cotangent, dx)
+    mask = _check(x, mask, cotangent=cotangent, dx=dx)
     x_hat, inv_sigma = batch_norm.standardize(x, epsilon, mask=mask)
     valid = True if mask is None else mask
     a, dx = (jnp.where(valid, u, 0).astype(x_hat.dtype) for u in (cotangent, dx))
@@ -245,7 +253,10 @@ def block(
       TypeError: if x W is not floating point.
       ValueError: if x or kernel has not two axes, or epsilon or mask do not fit.
     """
-    _check(x, kernel)
+    mask = _check(x, mask)
+    if kernel.ndim != 2 or len(kernel) != x.shape[1]:
+        raise ValueError(f"kernel must be [D, F], D = {x.shape[1]} as in x {x.shape}, got {kernel.shape}")
+    _check_features(kernel.shape[1], scale=scale, bias=bias)
     x = x if mask is None else jnp.where(mask, x, 0)
     z = jnp.matmul(x, kernel, precision="highest")
     x_hat, valid, count, factor, _ = _parts(z, scale, epsilon, mask)
@@ -262,10 +273,34 @@ def _parts(x, scale, epsilon, mask):
     x_hat, inv_sigma = batch_norm.standardize(x, epsilon, mask=mask)
     valid = jnp.ones(len(x), x_hat.dtype) if mask is None else mask[:, 0].astype(x_hat.dtype)
     inv_sigma = inv_sigma[0]
-    return x_hat, valid, jnp.maximum(valid.sum(), 1), scale * inv_sigma, epsilon * inv_sigma**2
+    return (
+        x_hat,
+        valid,
+        jnp.maximum(valid.sum(), 1),
+        scale * inv_sigma,
+        jnp.square(jnp.sqrt(epsilon) * inv_sigma),
+    )
 
 
-def _check(*arrays):
-    for x in arrays:
-        if x.ndim != 2:
-            raise ValueError(f"arrays must be [N, C], got {x.shape}")
+def _check(x, mask=None, scale=1.0, **others):
+    """Raises for what does not fit x [N, C], and returns the mask as [N, 1]. `others` are to be like x."""
+    if x.ndim != 2:
+        raise ValueError(f"x must be [N, C], got {x.shape}")
+    for name, value in others.items():
+        if value.shape != x.shape:
+            raise ValueError(f"{name} has shape {value.shape}, but x {x.shape}")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    _check_features(x.shape[1], scale=scale)
+    if mask is None:
+        return None
+    if mask.ndim != 2 or mask.shape not in ((len(x), 1), (1, 1)):
+        raise ValueError(f"mask {mask.shape} must be [N, 1] for x {x.shape}")
+    return jnp.broadcast_to(mask, (len(x), 1))
+
+
+def _check_features(num_features, **values):
+    """Raises for what is neither one number nor one for each feature."""
+    for name, value in values.items():
+        if jnp.shape(value) not in ((), (num_features,)):
+            raise ValueError(f"{name} must be a scalar or [{num_features}], got shape {jnp.shape(value)}")

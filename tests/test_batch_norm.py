@@ -109,6 +109,21 @@ def test_check_grads_to_second_order():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("masked", [False, True])
+def test_check_grads_of_the_whole_layer(masked):
+    """To x, scale, bias and epsilon together, to second order."""
+    mask = np.arange(6)[:, None] != 2 if masked else None
+    _, stats = batch_norm.init(3)
+
+    def apply(x, scale, bias, epsilon):
+        params = BatchNormParams(scale, bias)
+        return batch_norm.apply(params, stats, x, train=True, epsilon=epsilon, mask=mask)[0]
+
+    arguments = (draw((6, 3)), jnp.array([2.0, -1.0, 0.3]), jnp.ones(3), jnp.asarray(0.1))
+    check_grads(jax.jit(apply), arguments, order=2, modes=("fwd", "rev"))
+
+
+@pytest.mark.usefixtures("x64")
 def test_moments_are_differentiable_where_they_are_outputs():
     """The rule's tangents of mean, var and 1 / sigma, which second derivatives rely on."""
     x, dx = draw((9, 2)), draw((9, 2), seed=1)
@@ -212,6 +227,15 @@ def test_any_magnitude(magnitude, epsilon, n):
     assert distance(y, x_hat) < 1e-6
     for found in (gradient, tangent) if magnitude < 1e37 else ():  # there, derivatives are below 1e-38
         assert distance(found, exact_gradient(x, g, epsilon), g / sigma) < 1e-6
+
+
+@pytest.mark.parametrize("magnitude", [1e30, 1e19, 1e-20, 1e-30])
+def test_second_derivatives_at_any_magnitude(magnitude):
+    """At epsilon 0 the gradient is homogeneous in x, of degree -1: its derivative along x is minus itself."""
+    x, weights = batch(16, std=magnitude), batch(16, seed=1)
+    gradient = jax.grad(lambda x: (weights * batch_norm.normalize(x, 0.0)).sum())
+    found, expected = jax.jvp(gradient, (x,), (x,))[1], -gradient(x)
+    assert distance(found, np.asarray(expected, np.float64)) < 1e-5
 
 
 @pytest.mark.parametrize("magnitude", [1e30, 1e-30])
@@ -322,7 +346,7 @@ class TestRunningStatistics:
             np.testing.assert_allclose(stats.var, expected, rtol=1e-5)
 
     def test_very_long_averages(self):
-        """300,000 batches of four: the averages lose no digit to their length, and the count can't overflow.
+        """300,000 batches of four, and the count can't overflow.
 
         A float32 average of t terms rounds t times: sqrt(t / 3) roundings of 6e-8, some 2e-5, at random.
         """
@@ -348,6 +372,47 @@ class TestRunningStatistics:
         np.testing.assert_allclose(found.var, weights @ variances / weights.sum(), rtol=1e-4)
         last = found._replace(count=jnp.int32(np.iinfo(np.int32).max))
         assert batch_norm.apply(params, last, x[0], train=True)[1].count == last.count
+
+    @pytest.mark.parametrize("std", [1e-2, 1e-4, 1e-8, 1e-15])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"momentum": 0.0},
+            {"momentum": None},
+            *({"momentum": m, "debias": True} for m in (0.5, 0.9, 0.999)),
+        ],
+    )
+    def test_nothing_is_left_of_what_has_no_weight(self, options, std):
+        """The first batch's variance, however small beside the initial 1."""
+        params, stats = batch_norm.init(3)
+        x = (std * self.batches[0]).astype(np.float32)
+        _, after = batch_norm.apply(params, stats, x, train=True, **options)
+        np.testing.assert_allclose(after.var, x.astype(np.float64).var(0), rtol=1e-5)
+        y, _ = batch_norm.apply(params, after, x, train=False, epsilon=0.0)
+        np.testing.assert_allclose(np.asarray(y, np.float64).std(0), 1, rtol=1e-5)
+
+    def test_momentum_zero_forgets_and_one_keeps_whatever_there_was(self):
+        params, stats = batch_norm.init(3)
+        x = self.batches[0]
+        for before in (1e8, np.nan):
+            _, spoilt = batch_norm.apply(params, stats, x + np.float32(before), train=True, momentum=0.0)
+            _, after = batch_norm.apply(params, spoilt, x, train=True, momentum=0.0)
+            np.testing.assert_allclose(after.mean, x.mean(0), rtol=1e-5)
+            np.testing.assert_allclose(after.var, x.var(0), rtol=1e-5)
+            _, kept = batch_norm.apply(params, stats, x + np.float32(before), train=True, momentum=1.0)
+            assert (kept.mean == 0).all()
+            assert (kept.var == 1).all()
+
+    @pytest.mark.parametrize("with_x64", [False, True])
+    def test_a_huge_variance_passes(self, with_x64):
+        """It is the largest number for once, also unbiased, also of float64 inputs, and decays as any other."""
+        with jax.enable_x64(with_x64):
+            params, stats = batch_norm.init(3, "float32")
+            huge = jnp.asarray(1e25 * self.batches[0], float)
+            for x in (huge, *self.batches):
+                _, stats = batch_norm.apply(params, stats, x, train=True, momentum=0.0, unbiased=True)
+                assert np.isfinite(stats.var).all()
+            np.testing.assert_allclose(stats.var, self.batches[-1].var(0, ddof=1), rtol=1e-5)
 
     @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"unbiased": True}])
     def test_a_batch_of_one_has_a_mean_and_no_variance(self, options):
@@ -696,6 +761,30 @@ PARAMS, STATS = batch_norm.init(3)
         ),
         (lambda: batch_norm.init(3, "int32"), TypeError, "dtype must be floating point, got int32"),
         (
+            lambda: batch_norm.normalize(jnp.ones((4, 3)), jnp.ones(3)),
+            ValueError,
+            r"epsilon must be a scalar",
+        ),
+        (
+            lambda: jax.jit(batch_norm.normalize)(jnp.ones((4, 3)), jnp.ones((4, 1))),
+            ValueError,
+            r"epsilon must be a scalar, got shape \(4, 1\)",
+        ),
+        (
+            lambda: batch_norm.apply(
+                PARAMS, STATS._replace(count=np.ones(3, int)), jnp.ones((4, 3)), train=True
+            ),
+            ValueError,
+            "count must be a scalar",
+        ),
+        (
+            lambda: batch_norm.apply(
+                PARAMS, STATS._replace(var=jnp.ones(3, int)), jnp.ones((4, 3)), train=True
+            ),
+            TypeError,
+            "the running var must be floating point, got int32",
+        ),
+        (
             lambda: batch_norm.apply(PARAMS, STATS, jnp.ones((4, 3)), train=True, momentum=np.nan),
             ValueError,
             "momentum must be None or in",
@@ -712,6 +801,14 @@ def test_bad_input(call, error_type, words):
     for run in (call, lambda: jax.eval_shape(call)):
         with pytest.raises(error_type, match=words):
             run()
+
+
+def test_a_traced_momentum_is_refused():
+    def layer(momentum):
+        return batch_norm.apply.__wrapped__(PARAMS, STATS, jnp.ones((4, 3)), train=True, momentum=momentum)
+
+    with pytest.raises(TypeError, match="momentum must be a Python number or None, got a traced value"):
+        jax.jit(layer)(0.9)
 
 
 def test_a_mask_must_be_boolean():

@@ -37,11 +37,12 @@ def batches(draw):
 
     Few shapes, since each is compiled.
     """
-    n, c = draw(st.sampled_from([(1, 1), (2, 2), (3, 1), (7, 2)]))
+    n, c = draw(st.sampled_from([(1, 1), (2, 2), (3, 1), (7, 2), (12, 3)]))
     x = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).normal(
         draw(st.floats(-9, 9)), 1.5, size=(n, c)
     )
-    if draw(st.booleans()):
+    constant = draw(st.booleans())
+    if constant:
         x[:, 0] = draw(st.sampled_from([0.0, 0.1, -7e3]))
     scale = np.array(draw(st.lists(st.sampled_from([-2.0, -0.3, 0.0, 1.0, 5.0]), min_size=c, max_size=c)))
     valid = np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
@@ -50,7 +51,7 @@ def batches(draw):
 
 
 def tolerance(x, epsilon, mask):
-    """1e-12 relative to 1 / sigma, [C]; times |scale| where that is above 1."""
+    """1e-12 relative to 1 / sigma, [C]."""
     mean = (x * mask).sum(0) / mask.sum()
     var = (mask * (x - mean) ** 2).sum(0) / mask.sum()
     return 1e-12 / np.sqrt(var + epsilon)
@@ -80,16 +81,15 @@ def test_dense_spectrum_and_operator(batch):
     x, scale, epsilon, mask = batch
     with jax.enable_x64(True):
         n, c = x.shape
-        bound = (tolerance(x, epsilon, mask) * np.maximum(np.abs(scale), 1))[:, None]
+        bound = (tolerance(x, epsilon, mask) * np.abs(scale))[:, None]
         dx = np.random.default_rng(0).normal(size=x.shape)
         expected, *matrices, found, product = map(np.asarray, compare(x, scale, epsilon, mask, dx))
         for matrix in matrices:  # by jacfwd, by jacrev, dense
-            assert (np.abs(matrix - expected) < bound[:, None]).all()
+            assert (np.abs(matrix - expected) <= bound[:, None]).all()
         assert found.shape == (c, n)
         assert (np.diff(found) >= 0).all()
-        assert (np.abs(found - np.linalg.eigvalsh(expected)) < 10 * bound).all()
-
-        assert (np.abs(product - np.einsum("cij,jc->ic", expected, dx)) < 10 * bound.T).all()
+        assert (np.abs(found - np.linalg.eigvalsh(expected)) <= bound).all()
+        assert (np.abs(product - np.einsum("cij,jc->ic", expected, dx)) <= bound.T * np.abs(dx).sum()).all()
 
 
 @jax.jit
@@ -107,8 +107,8 @@ def test_hessian_vector_product(batch):
     with jax.enable_x64(True):
         a, dx = np.random.default_rng(1).normal(size=(2, *x.shape))
         expected, found = map(np.asarray, compare_second(x, epsilon, mask, a, dx))
-        bound = 1e12 * tolerance(x, epsilon, mask) ** 2
-        assert (np.abs(found - expected) < 30 * bound).all()
+        bound = 1e12 * tolerance(x, epsilon, mask) ** 2 * np.abs(a).sum() * np.abs(dx).sum()
+        assert (np.abs(found - expected) <= bound).all()
         assert (found[~mask[:, 0]] == 0).all()
 
 
@@ -206,6 +206,14 @@ def test_multiplicities():
     np.testing.assert_allclose(jacobian.spectrum(x, -2.0, 0.5)[0], -jacobian.spectrum(x, 2.0, 0.5)[0, ::-1])
 
 
+@pytest.mark.parametrize("magnitude", [1e30, 1e-21, 1e-30])
+def test_any_magnitude(magnitude):
+    x = np.random.default_rng(0).normal(size=(6, 1))
+    small = (magnitude * x).astype(np.float32)
+    expected = np.array([0, 0, 1, 1, 1, 1]) / (magnitude * x.std())
+    np.testing.assert_allclose(jacobian.spectrum(small, 1.0, 0.0)[0].astype(float), expected, rtol=1e-5)
+
+
 def test_eigenvectors():
     x = np.random.default_rng(1).normal(size=(9, 3)).astype(np.float32)
     x_hat = batch_norm.normalize(x, 0.2)
@@ -238,3 +246,30 @@ def test_bad_input(function):
         function(jnp.ones(3))
     with pytest.raises(ValueError, match="epsilon must be >= 0"):
         function(jnp.ones((3, 2)), epsilon=-1.0)
+
+
+X = np.ones((4, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: jacobian._check(X, dx=X[:1]), r"dx has shape \(1, 2\), but x \(4, 2\)"),
+        (lambda: jacobian._check(X, scale=X), r"scale must be a scalar or \[2\], got shape \(4, 2\)"),
+        (lambda: jacobian._check(X, np.ones((3, 1), bool)), r"mask \(3, 1\) must be \[N, 1\]"),
+        (lambda: jacobian._check(X, cotangent=X.astype(int)), "cotangent must be floating point"),
+        (lambda: jacobian.block(X, np.ones((3, 2), np.float32)), r"kernel must be \[D, F\]|d f"),
+        (lambda: jacobian.block(X, np.ones((2, 3), np.float32), bias=X), r"bias must be|bias"),
+        (lambda: jacobian.evaluation(np.ones(2), np.ones((3, 1))), r"scale and var must be|var"),
+        (lambda: jacobian.evaluation(np.ones(2), np.ones(2), -1.0), "epsilon must be >= 0"),
+    ],
+)
+def test_shapes_that_do_not_fit(call, words):
+    """`_check` itself where the annotations, which the tests check, would come first."""
+    with pytest.raises((ValueError, TypeError), match=words):
+        call()
+
+
+def test_a_mask_of_one_entry_is_for_all():
+    x = np.random.default_rng(0).normal(size=(4, 2)).astype(np.float32)
+    assert (jacobian._check(x, np.ones((1, 1), bool)) == np.ones((4, 1), bool)).all()
