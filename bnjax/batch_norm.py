@@ -123,7 +123,8 @@ def apply(
       x: [N, ..., C], or with the features on `axis`. In evaluation, or with `axis_name`, also [C].
       train: Python bool.
       momentum: weight of the old running value, in [0, 1], or None; a Python number, not a traced one. Not the
-        optimizer's momentum.
+        optimizer's momentum. While weights still change fast, evaluation lags behind training by the batches
+        that the average remembers: all of them with None, which suits fixed weights.
       epsilon: added to the variance, >= 0.
       axis: the feature axis, or axes in ascending order (then the shape of params and stats is theirs): -1 for
         [N, C] and images as NHWC, 1 for NCHW. Statistics are taken over all others.
@@ -240,6 +241,7 @@ class _Standardized(NamedTuple):
 def _statistics(x, epsilon, mask, reduced, axis_name) -> _Standardized:
     """The two passes that the module's docstring describes."""
     x = x.astype(_statistics_dtype(x.dtype))
+    epsilon = jnp.asarray(epsilon, x.dtype)
     sample = _one_sample(x, mask, reduced)
     if mask is not None:
         x = jnp.where(mask, x, 0)
@@ -291,10 +293,16 @@ def _statistics(x, epsilon, mask, reduced, axis_name) -> _Standardized:
     return _Standardized(x_hat, origin + unit * mean, var, count, inv_sigma)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(5, 6))
 def _transform(x, scale, bias, epsilon, mask, reduced, axis_name):
     """Returns y = scale * x_hat + bias, and `_Standardized`. Scale and bias are [1, C] or None."""
-    batch = _statistics(x, epsilon, mask, reduced, axis_name)
+    # An epsilon that is a number has no derivative for the backward pass to keep anything of.
+    traced, number = (epsilon, None) if isinstance(epsilon, jax.core.Tracer) else (None, float(epsilon))
+    return _differentiable(x, scale, bias, traced, mask, reduced, axis_name, number)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
+def _differentiable(x, scale, bias, epsilon, mask, reduced, axis_name, number):
+    batch = _statistics(x, number if epsilon is None else epsilon, mask, reduced, axis_name)
     return _affine(batch.x_hat, scale, bias), batch
 
 
@@ -306,12 +314,12 @@ def _affine(x_hat, scale, bias):
     return x_hat
 
 
-@_transform.defjvp
-def _transform_jvp(reduced, axis_name, primals, tangents):
+@_differentiable.defjvp
+def _differentiable_jvp(reduced, axis_name, number, primals, tangents):
     x, scale, bias, epsilon, mask = primals
     dx, dscale, dbias, depsilon, _ = tangents
-    # `_transform` again, so that a second derivative finds this rule again.
-    y, batch = _transform(x, scale, bias, epsilon, mask, reduced, axis_name)
+    # The function itself again, so that a second derivative finds this rule again.
+    y, batch = _differentiable(x, scale, bias, epsilon, mask, reduced, axis_name, number)
     x_hat, _, _, count, inv_sigma = batch
     dx = dx.astype(x_hat.dtype)
     if mask is not None:
@@ -319,7 +327,7 @@ def _transform_jvp(reduced, axis_name, primals, tangents):
     mean_of, _ = _averager(x_hat, mask, reduced, axis_name)  # counts in the precision of x_hat
     dmean = mean_of(dx)
     covariance = mean_of(x_hat * dx)  # = d(var) / (2 sigma)
-    dsigma = covariance + 0.5 * inv_sigma * depsilon
+    dsigma = covariance if depsilon is None else covariance + 0.5 * inv_sigma * depsilon
 
     # Three terms, each a [1, C] times what has N: their transpose sums the cotangent, and the cotangent times
     # x_hat, once each for the gradients to x, scale and bias alike, and keeps nothing else of the size of x.
@@ -451,7 +459,6 @@ def _check(x, epsilon, axis, mask, pooled):
             mask = jnp.broadcast_to(mask, shape)
         except ValueError:
             raise ValueError(
-                f"mask {jnp.shape(mask)} must broadcast to {shape}, x being {x.shape} with features on {axis}"
+                f"mask {jnp.shape(mask)} must broadcast to {shape} (size 1 where x {x.shape} has features)"
             ) from None
-    epsilon = jnp.asarray(epsilon, _statistics_dtype(x.dtype))
     return x, epsilon, features, reduced, mask

@@ -257,12 +257,15 @@ def block(
     if kernel.ndim != 2 or len(kernel) != x.shape[1]:
         raise ValueError(f"kernel must be [D, F], D = {x.shape[1]} as in x {x.shape}, got {kernel.shape}")
     _check_features(kernel.shape[1], scale=scale, bias=bias)
-    x = x if mask is None else jnp.where(mask, x, 0)
+    valid = jnp.ones((len(x), 1), bool) if mask is None else mask
+    x = jnp.where(valid, x, 0)
+    # Centred first: BN(x W) stays as it is, and so do the digits of x far from zero.
+    x = jnp.where(valid, x - x.sum(0) / jnp.maximum(valid.sum(), 1), 0)
     z = jnp.matmul(x, kernel, precision="highest")
     x_hat, valid, count, factor, _ = _parts(z, scale, epsilon, mask)
     slope = jax.vmap(jax.vmap(jax.grad(activation)))(scale * x_hat + bias)  # [N, F]
     to_x = jnp.einsum("if,fij,df->ifjd", slope, dense(z, scale, epsilon, mask), kernel, precision="highest")
-    centred = valid[:, None] * (x - x.sum(0) / count)
+    centred = valid[:, None] * (x - x.sum(0) / count)  # again: what rounding left
     covariance = jnp.matmul(x_hat.T, x, precision="highest") / count  # [F, D]
     to_kernel = factor[:, None] * (centred[:, None] - x_hat[:, :, None] * covariance)
     return BlockJacobian(to_x, slope[:, :, None] * to_kernel)

@@ -91,8 +91,10 @@ def jacobian(J: np.ndarray, spectrum: np.ndarray, numeric: np.ndarray, *, title:
     left, right = figure.subplots(1, 2)
     largest = max(float(np.abs(J).max()), np.finfo(float).tiny)
     image = left.imshow(J, cmap="PuOr", vmin=-largest, vmax=largest)
-    left.set(xlabel="input sample j", ylabel="output sample i", title="J = dy / dx of one feature")
-    figure.colorbar(image, ax=left, label="dy_i / dx_j")
+    left.set(
+        xlabel="input sample j, x ascending", ylabel="output sample i", title="J = dy / dx of one feature"
+    )
+    figure.colorbar(image, ax=left, label="dy_i / dx_j", location="left", pad=0.16)
     index = np.arange(1, len(spectrum) + 1)
     right.plot(
         index, numeric, "o", color=COLORS[0], markersize=9, fillstyle="none", label="autodiff, eigvalsh"

@@ -8,11 +8,11 @@ and bias), and takes from the compiled program what it keeps from the one pass f
     bnjax       corrected two-pass statistics at any magnitude, one custom_jvp rule
     autodiff    the textbook formula, two passes, differentiated by JAX
     flax        flax.linen.BatchNorm: E[x^2] - E[x]^2 (needs flax; left out without)
-    custom_vjp  the textbook formula with the closed form as its backward pass, reverse mode only
+    custom_vjp  the textbook formula with the closed form of the whole layer as its backward pass, reverse mode only
 
-all in one process, alternating, so that they share whatever the machine is doing. Expect bnjax below autodiff for
-large batches, and within 1.0 to 1.5 times the fastest: it sums twice as often, since the others are wrong far
-from zero. It keeps x_hat and 1 / sigma, as little as any.
+all in one process, alternating, so that they share whatever the machine is doing. docs/batch_norm.md has what was
+measured. bnjax sums twice as often in the forward pass, since the others are wrong far from zero; it keeps x_hat
+and two numbers a feature, as little as any.
 """
 
 import math
@@ -80,27 +80,29 @@ def averaged(stats, mean, var):
 
 def custom_vjp_layer(x, params, stats):
     """The closed form as the backward pass of the textbook formula."""
-    x_hat, mean, var = closed_form(x)
-    return params.scale * x_hat + params.bias, averaged(stats, mean, var)
+    y, mean, var = closed_form(x, *params)
+    return y, averaged(stats, mean, var)
 
 
 @jax.custom_vjp
-def closed_form(x):
-    """x_hat, mean, variance; the derivative of the first alone."""
+def closed_form(x, scale, bias):
+    """y, mean, variance; the derivative of the first alone."""
     x_hat, _, mean, var = textbook(x)
-    return x_hat, mean, var
+    return scale * x_hat + bias, mean, var
 
 
-def _closed_form_forward(x):
+def _closed_form_forward(x, scale, bias):
     x_hat, inv_sigma, mean, var = textbook(x)
-    return (x_hat, mean, var), (x_hat, inv_sigma)
+    return (scale * x_hat + bias, mean, var), (x_hat, scale * inv_sigma)
 
 
 def _closed_form_backward(residuals, cotangents):
-    x_hat, inv_sigma = residuals
+    x_hat, slope = residuals
     g = cotangents[0]
     axes = tuple(range(g.ndim - 1))
-    return (inv_sigma * (g - g.mean(axes) - x_hat * (g * x_hat).mean(axes)),)
+    n = g.size // g.shape[-1]
+    dbias, dscale = g.sum(axes), (g * x_hat).sum(axes)
+    return slope * g - slope * dbias / n - x_hat * (slope * dscale / n), dscale, dbias
 
 
 closed_form.defvjp(_closed_form_forward, _closed_form_backward)
@@ -131,7 +133,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
       ValueError: naming the flag, for any other text or a shape of fewer than two axes.
     """
     try:
-        shape = tuple(int(part) for part in text.split("x"))
+        shape = tuple(int(part) for part in text.lower().split("x"))
     except ValueError:
         shape = ()
     if len(shape) < 2 or min(shape) < 1:
@@ -242,6 +244,8 @@ def main(argv: list[str]) -> None:
         if len(argv) > 1:
             raise ValueError(f"unknown argument {argv[1]!r}: everything is set by flags")
         shapes = [parse_shape(text) for text in FLAGS.shapes or [""]]
+        if len({*shapes}) < len(shapes):
+            raise ValueError(f"--shapes names a shape twice: {','.join(FLAGS.shapes)}")
         path = folder / common.RESULTS
         if path.exists() and not FLAGS.overwrite:
             raise ValueError(f"--out={folder} holds results already; choose another, or --overwrite")

@@ -83,6 +83,13 @@ def check(argv: list[str], folder: Path, page: Path | None) -> None:
     common.check_writable(folder)
     if page and not (page.is_file() and BEGIN in page.read_text() and END in page.read_text()):
         raise ValueError(f"--docs={page} is not a page with the markers {BEGIN} and {END}")
+    absent = [
+        name
+        for name in layers.ALL
+        if name not in FLAGS.implementations or not layers.find(layers.ALL[name])[0]
+    ]
+    if page and absent:
+        raise ValueError(f"--docs={page} takes whole tables, but these would be missing: {', '.join(absent)}")
 
 
 def measure(rows: list[Case], names: list[str]) -> Results:
@@ -121,10 +128,10 @@ def report(rows: list[Case], found: Found, results: Results) -> None:
             table.add_column(heading(name, found).replace(" ", "\n"), justify="right")
         for row in named:
             columns = (results.get(name, {}).get(row.name) for name in found)
-            cells = (f"[{STYLES[c.status]}]{escape(text(row, c))}[/]" if c else "" for c in columns)
+            cells = (f"[{STYLES[c.status]}]{escape(marked(row, c))}[/]" if c else "" for c in columns)
             table.add_row(escape(title(row)), *cells)
         console.print(table if named else f"{group}: {NO_ONNX}")
-    console.print(LEGEND.replace("in bold", "in red"))
+    console.print(LEGEND.replace("in bold those", "with ! those"))
     for name, column in results.items():
         console.print(f"{heading(name, found)}: {summary(column)}", highlight=False)
     for name, (installed, _) in found.items():
@@ -180,6 +187,11 @@ def text(row: Case, result: Result | None) -> str:
     if result.status == "pass":  # in the tables of errors, the error
         return result.text if row.group == cases.NUMERICS and row.tolerance > 0 else "pass"
     return {"fail": result.text, "other": f"({result.text})", "not offered": "-"}[result.status]
+
+
+def marked(row: Case, result: Result) -> str:
+    """The cell for a terminal, where colour alone must not tell a failure."""
+    return f"! {text(row, result)}" if result.status == "fail" else text(row, result)
 
 
 def count(column: dict[str, Result], status: str) -> int:

@@ -2,9 +2,9 @@
 
     python -m experiments.jacobian_check
 
-compares everything in `bnjax.jacobian` with jax.jacrev, jax.hessian and numpy's eigenvalues of the textbook
-formula, in float64 and float32; shows what the operator costs for a batch of 65,536; and draws one feature's J.
-Expect errors near 1e-15 in float64 and 1e-7 in float32. Takes some 10 seconds, most of it compilation.
+compares what `bnjax.jacobian` has for training mode with jax.jacrev, jax.hessian and numpy's eigenvalues of the
+textbook formula, in float64 and float32; shows what the operator costs for a batch of 65,536; and draws one
+feature's J. Expect errors near 1e-15 in float64 and 1e-7 in float32. Takes some 10 seconds, most of it compilation.
 """
 
 import math
@@ -24,7 +24,7 @@ from experiments import common
 FLAGS = flags.FLAGS
 
 flags.DEFINE_integer("samples", 12, "N, the size of the batch whose Jacobian is formed.", lower_bound=1)
-flags.DEFINE_integer("masked", 0, "How many of them are masked.", lower_bound=0)
+flags.DEFINE_integer("masked", 0, "How many of the samples are masked.", lower_bound=0)
 flags.DEFINE_float("mean", 1.0, "Of the samples, which are drawn from a normal distribution.")
 flags.DEFINE_float("std", 1.0, "Of the samples.")
 flags.DEFINE_float("scale", 1.5, "Batch normalization's scale.")
@@ -32,7 +32,7 @@ flags.DEFINE_float(
     "epsilon", 0.1, "Batch normalization's epsilon; large by default, to be seen in the spectrum."
 )
 flags.DEFINE_string("activation", "tanh", f"Of the block activation(BN(x W)): {', '.join(mlp.ACTIVATIONS)}.")
-flags.DEFINE_integer("seed", 0, "Draws samples and weights.")
+flags.DEFINE_integer("seed", 0, "Draws samples and weights.", lower_bound=0)
 flags.DEFINE_integer("operator_samples", 65_536, "N for the operator's time and memory.", lower_bound=1)
 flags.DEFINE_string("out", "results/jacobian_check", "Output folder.")
 
@@ -164,6 +164,8 @@ def main(argv: list[str]) -> None:
         for flag in ("mean", "std", "scale"):
             if not math.isfinite(FLAGS[flag].value):
                 raise ValueError(f"--{flag} must be finite, got {FLAGS[flag].value}")
+        if FLAGS.std <= 0:
+            raise ValueError(f"--std must be above 0, got {FLAGS.std}")
         if not 0 < FLAGS.epsilon < math.inf:
             raise ValueError(f"--epsilon must be above 0 and finite, got {FLAGS.epsilon}")
         common.check_writable(folder)
@@ -183,8 +185,10 @@ def main(argv: list[str]) -> None:
         f"{memory / 2**20:.2g} MiB of working memory; J itself would have {dense / 2**20:,.4g} MiB."
     )
     print(f"Figure: {folder / 'jacobian.png'}")
-    if max(error for _, error in double.values()) > 1e-12:
-        raise common.fail("a closed form differs from autodiff by more than 1e-12 in float64")
+    # Autodiff of the textbook formula loses the digits that the mean has over the standard deviation.
+    limit = 1e-12 * max(1, abs(FLAGS.mean / FLAGS.std)) ** 2
+    if max(error for _, error in double.values()) > limit:
+        raise common.fail(f"a closed form differs from autodiff by more than {limit:.0e} in float64")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,10 @@ class TestBenchmark:
         with pytest.raises(SystemExit, match=r"error: --shapes takes sizes such as .* got"):
             main("benchmark", shapes=shape)
 
+    def test_a_shape_given_twice(self, main):
+        with pytest.raises(SystemExit, match="--shapes names a shape twice: 8x4,8X4"):
+            main("benchmark", shapes="8x4,8X4")
+
     def test_existing_results_are_kept(self, main, tmp_path):
         (tmp_path / "out" / "results.zarr").mkdir(parents=True)
         with pytest.raises(SystemExit, match="holds results already"):
@@ -95,6 +99,7 @@ class TestJacobianCheck:
             ({"samples": 4, "masked": 4}, "--masked=4 leaves none of --samples=4"),
             ({"activation": "tan"}, "tanh"),
             ({"epsilon": 0}, "--epsilon must be above 0"),
+            ({"std": 0}, "--std must be above 0"),
             ({"scale": "nan"}, "--scale must be finite"),
         ],
     )

@@ -47,7 +47,8 @@ def batches(draw):
     scale = np.array(draw(st.lists(st.sampled_from([-2.0, -0.3, 0.0, 1.0, 5.0]), min_size=c, max_size=c)))
     valid = np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n)))
     valid[draw(st.integers(0, n - 1))] = True
-    return x, scale, draw(st.sampled_from([1e-5, 0.3, 2.0])), valid[:, None]
+    varies = valid.sum() > 1 and not constant  # where not, the textbook formula is 0 / 0 at epsilon 0
+    return x, scale, draw(st.sampled_from([1e-5, 0.3, 2.0, *([0.0] if varies else [])])), valid[:, None]
 
 
 def tolerance(x, epsilon, mask):
@@ -186,6 +187,17 @@ def test_block(activation, masked):
     assert jnp.abs(found.kernel - jnp.einsum("ifdf->ifd", expected[1])).max() < bound
     off = expected[1] * (1 - jnp.eye(3))[None, :, None]
     assert (off == 0).all()
+
+
+def test_block_far_from_zero():
+    """Against float64 by its own centring: 1e4 standard deviations from zero, to float32's rounding."""
+    x = (1e4 + np.random.default_rng(0).normal(size=(32, 4))).astype(np.float32)
+    kernel = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
+    found = jacobian.block(x, kernel, activation=jnp.tanh)
+    with jax.enable_x64(True):
+        expected = jacobian.block(x.astype(np.float64) - 1e4, kernel.astype(np.float64), activation=jnp.tanh)
+    for f, e in zip(found, expected, strict=True):
+        assert np.abs(np.asarray(f) - np.asarray(e)).max() < 1e-6 * np.abs(np.asarray(e)).max()
 
 
 def test_block_under_scaled_weights():

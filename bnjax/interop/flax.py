@@ -17,9 +17,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
+
+try:
+    from flax import linen as nn
+    from flax.traverse_util import flatten_dict, unflatten_dict
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; bnjax.interop.flax needs the extra bnjax[interop]") from error
 
 from bnjax import batch_norm
 from bnjax.interop import entries

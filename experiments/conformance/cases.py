@@ -123,6 +123,7 @@ STORED = np.full(3, 3, np.float32), np.full(3, 4, np.float32)  # a running mean 
 ONE = draw((1, 3))
 NOTHING_VALID = np.zeros((64, 1), bool)
 BATCHES = draw((5, 16, 3), mean=np.arange(5).reshape(5, 1, 1), std=2.0)
+SMALL_BATCHES = (1e-4 * BATCHES).astype(np.float32)
 MANY_BATCHES = draw((10_000, 8, 2), mean=2.0)
 
 
@@ -343,14 +344,10 @@ def output_type(name, dtype) -> float:
     return 0.0
 
 
-def constant_feature(name) -> float:
-    """The largest distance from the bias."""
+def constant_feature(name, values) -> float:
+    """The largest distance from the bias, of three features with these values."""
     _, bias = parameters((3,))
-    inputs = (
-        np.tile(np.float32(values), (n, 1))
-        for values in ([0, 0.1, -3e7], [1e-30, 7, 1e30])
-        for n in (64, 512)
-    )
+    inputs = (np.tile(np.float32(values), (n, 1)) for n in (64, 512))
     return worst(*(np.abs(np.asarray(train(name, x)[0][0]) - bias).max() for x in inputs))
 
 
@@ -526,7 +523,12 @@ def rows() -> list[Case]:
             )
             for part in PARTS
         ),
-        numerics("constant features of any value: distance from the bias", constant_feature, EXACT),
+        *(
+            numerics(
+                f"constant features {text}: distance from the bias", p(constant_feature, values=values), EXACT
+            )
+            for text, values in (("0.1, 7, 1,000", [0.1, 7, 1e3]), ("1e-30, -3e7, 1e30", [1e-30, -3e7, 1e30]))
+        ),
         numerics("float16, std 300: output", p(output, x=f16), 2**-10),
         numerics("float16, std 300: evaluation", p(evaluation_of_its_own_batch, x=f16), 2**-10),
         numerics("float16, std 300: statistics", p(statistics, x=f16)),
@@ -584,10 +586,15 @@ def rows() -> list[Case]:
         edge("NaN in one feature: the others", p(confined, value=np.nan)),
         edge("Inf in one feature: the others", p(confined, value=np.inf)),
         edge("momentum 0: the last batch's statistics", p(running, xs=BATCHES, momentum=0.0)),
+        edge("momentum 0, std 1e-4: the last batch's statistics", p(running, xs=SMALL_BATCHES, momentum=0.0)),
+        edge(
+            "momentum None, std 1e-4: the first batch's statistics",
+            p(running, xs=SMALL_BATCHES[:1], momentum=None),
+        ),
         edge("momentum 1: running statistics as they were", p(unchanged, x=x, momentum=1.0), EXACT),
         edge("momentum 0.99: 10,000 batches", p(running, xs=MANY_BATCHES, momentum=0.99)),
-        edge("momentum 0.5: batch 2^31", p(counter_at_its_end, momentum=0.5)),
-        edge("momentum None: batch 2^31", p(counter_at_its_end, momentum=None)),
+        edge("momentum 0.5: the count at batch 2^31 does no harm", p(counter_at_its_end, momentum=0.5)),
+        edge("momentum None: the count at batch 2^31 does no harm", p(counter_at_its_end, momentum=None)),
         edge("evaluation: gradient scale / sqrt(var + epsilon)", evaluation_gradient),
         edge(
             "zero variance, epsilon 0: output the bias, no gradient",
