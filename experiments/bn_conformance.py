@@ -83,13 +83,16 @@ def check(argv: list[str], folder: Path, page: Path | None) -> None:
     common.check_writable(folder)
     if page and not (page.is_file() and BEGIN in page.read_text() and END in page.read_text()):
         raise ValueError(f"--docs={page} is not a page with the markers {BEGIN} and {END}")
-    absent = [
-        name
-        for name in layers.ALL
-        if name not in FLAGS.implementations or not layers.find(layers.ALL[name])[0]
-    ]
-    if page and absent:
-        raise ValueError(f"--docs={page} takes whole tables, but these would be missing: {', '.join(absent)}")
+    if page:
+        tables = page.read_text().partition(BEGIN)[2].partition(END)[0]
+        measured = [name for name in FLAGS.implementations if layers.find(layers.ALL[name])[0]]
+        lost = [
+            name for name in layers.ALL if f"| {layers.ALL[name].title} |" in tables and name not in measured
+        ]
+        if lost:
+            raise ValueError(
+                f"--docs={page} would lose its columns of {', '.join(lost)}: install the extra peers"
+            )
 
 
 def measure(rows: list[Case], names: list[str]) -> Results:

@@ -246,6 +246,10 @@ def test_what_is_not_installed_is_shown_as_such(main, monkeypatch, tmp_path, cap
             {"docs": "nowhere.md"},
             "--docs=nowhere.md is not a page with the markers <!-- bn_conformance: begin",
         ),
+        (
+            {"docs": PAGE, "implementations": "bnjax"},
+            r"--docs=.* would lose its columns of flax_linen, .*torch",
+        ),
         ({"out": "/dev/null/out"}, "--out=/dev/null/out cannot be written"),
     ],
 )
