@@ -46,6 +46,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Num
@@ -141,9 +142,11 @@ def apply(
       y, of the shape and dtype of x, and the updated statistics. In evaluation they are returned unchanged.
 
     Raises:
-      TypeError: if x or a statistic is not floating point, mask is not boolean, or `momentum` is traced.
+      TypeError: if x or a statistic is not floating point, mask or `train` is not boolean, or `momentum` is traced.
       ValueError: if shapes do not fit, or `momentum`, `epsilon` or `axis` is out of range.
     """
+    if not isinstance(train, bool | np.bool_):
+        raise TypeError(f"train must be True or False, got {train!r}")
     x, epsilon, features, reduced, mask = _check(
         x, epsilon, axis, mask, pooled=not train or axis_name is not None
     )

@@ -803,6 +803,11 @@ def test_bad_input(call, error_type, words):
             run()
 
 
+def test_train_is_true_or_false():
+    with pytest.raises(TypeError, match="train must be True or False, got 'eval'"):
+        batch_norm.apply.__wrapped__(PARAMS, STATS, jnp.ones((4, 3)), train="eval")
+
+
 def test_a_traced_momentum_is_refused():
     def layer(momentum):
         return batch_norm.apply.__wrapped__(PARAMS, STATS, jnp.ones((4, 3)), train=True, momentum=momentum)

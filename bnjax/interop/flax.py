@@ -56,7 +56,8 @@ def from_flax(variables: Mapping[str, Any], count: ArrayLike = 0) -> tuple[Batch
         default, their next batch replaces the statistics.
 
     Returns:
-      Parameters (None for one that is not there) and statistics, of the shapes and dtypes given.
+      Parameters (None for one that is not there) and statistics, of the shapes and dtypes given (float64 only
+      with x64 on, as everywhere in JAX).
 
     Raises:
       ValueError: for a missing or unexpected entry, or one of another shape than the mean's.
@@ -103,7 +104,7 @@ def mlp_from_flax(model: Model, variables: Mapping[str, Any], count: ArrayLike =
       count: the batches that the statistics have seen; needed only if the model's momentum is None.
 
     Returns:
-      `(params, batch_stats)` as `model.apply` takes them, of the dtypes given.
+      `(params, batch_stats)` as `model.apply` takes them, of the dtypes given (float64 only with x64 on).
 
     Raises:
       ValueError: if `variables` do not fit `model`; the message lists what is missing, unexpected or ill-shaped.

@@ -80,7 +80,8 @@ def from_torch(state_dict: Mapping[str, Any]) -> tuple[BatchNormParams, BatchSta
       state_dict: as `to_torch` returns it; its values may be PyTorch's tensors on the CPU.
 
     Returns:
-      Parameters [C] (None for one that is not there) and statistics [C], [C] and [], of the dtypes given.
+      Parameters [C] (None for one that is not there) and statistics [C], [C] and [], of the dtypes given (float64
+      only with x64 on, as everywhere in JAX).
 
     Raises:
       ValueError: for a missing or unexpected entry, or one of another shape than [C].
@@ -123,7 +124,7 @@ def mlp_from_torch(model: Model, state_dict: Mapping[str, Any]) -> tuple[PyTree,
       state_dict: as `mlp_to_torch` returns it; its values may be PyTorch's tensors on the CPU.
 
     Returns:
-      `(params, batch_stats)` as `model.apply` takes them, of the dtypes given.
+      `(params, batch_stats)` as `model.apply` takes them, of the dtypes given (float64 only with x64 on).
 
     Raises:
       ValueError: if `state_dict` does not fit `model`; the message lists what is missing, unexpected or ill-shaped.
