@@ -9,13 +9,13 @@ The Jacobian (Ioffe & Szegedy 2015, section 3, rearranged) is symmetric, so the 
 reverse derivative are the same operator. `normalize` therefore needs ONE `jax.custom_jvp` rule that
 is linear in the tangent: forward mode uses it as it is, reverse mode transposes it, `vmap` batches it,
 and second derivatives differentiate it again. What reverse mode keeps from the forward pass is
-`x_hat` and `1 / sigma`.
+`x_hat` and `scale / sigma`.
 
 The statistics, in at least float32, are taken in two passes over x (E[x^2] - E[x]^2 has no correct digit
 left in float32 once mean / std passes about 3e3):
 
-1. sum x and sum |x|. They give a centre near the mean, and a power of two `scale` near mean |x|.
-2. sum d and sum d^2 of d = (x - centre) / scale. The mean of d is what rounding left in the centre, so that
+1. sum x and sum |x|. They give a centre near the mean, and as a unit a power of two near mean |x|.
+2. sum d and sum d^2 of d = (x - centre) / unit. The mean of d is what rounding left in the centre, so that
    E[d^2] - E[d]^2 cancels next to nothing (the corrected two-pass algorithm: Chan, Golub & LeVeque 1983,
    "Algorithms for computing the sample variance"). Dividing by a power of two is exact, and no square
    of d overflows or vanishes, whatever the magnitude of x.
@@ -440,15 +440,20 @@ def _split_axes(x, axis):
     return features, tuple(a for a in range(x.ndim) if a not in features)
 
 
+def check_epsilon(epsilon: ArrayLike) -> None:
+    """Raises ValueError unless epsilon is one number, >= 0 and finite; a traced one is taken on trust."""
+    if jnp.shape(epsilon) != ():
+        raise ValueError(f"epsilon must be a scalar, got shape {jnp.shape(epsilon)}")
+    if not isinstance(epsilon, jax.core.Tracer) and not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon must be >= 0 and finite, got {epsilon}")
+
+
 def _check(x, epsilon, axis, mask, pooled):
     """The inputs in canonical form: x a jax array, axes split, mask with the rank of x and size 1 on the features."""
     x = jnp.asarray(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if jnp.shape(epsilon) != ():
-        raise ValueError(f"epsilon must be a scalar, got shape {jnp.shape(epsilon)}")
-    if not isinstance(epsilon, jax.core.Tracer) and not 0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon must be >= 0 and finite, got {epsilon}")
+    check_epsilon(epsilon)
     features, reduced = _split_axes(x, axis)
     if not reduced and not pooled:
         raise ValueError(

@@ -19,7 +19,6 @@ scale / sqrt(running var + epsilon).
 `matvec` is J as an operator, `hvp` its derivative; `block` is the Jacobian of a layer activation(BN(x W)).
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -80,6 +79,11 @@ def dense(
     """
     mask = _check(x, mask, scale)
     x_hat, valid, count, factor, _ = _parts(x, scale, epsilon, mask)
+    return _matrix(x_hat, valid, count, factor)
+
+
+def _matrix(x_hat, valid, count, factor):
+    """J [C, N, N] from its `_parts`."""
     outer = jnp.einsum("ic,jc->cij", x_hat, x_hat, precision="highest")
     projector = jnp.diag(valid) - (valid[:, None] * valid[None, :] + outer) / count
     return factor[:, None, None] * projector
@@ -161,8 +165,7 @@ def evaluation(
     """
     if var.ndim != 1 or scale.shape != var.shape:
         raise ValueError(f"scale and var must be [C], got {scale.shape} and {var.shape}")
-    if not isinstance(epsilon, jax.core.Tracer) and not 0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon must be >= 0 and finite, got {epsilon}")
+    batch_norm.check_epsilon(epsilon)
     return scale * batch_norm.reciprocal_sqrt(var + epsilon)
 
 
@@ -199,10 +202,9 @@ def hvp(
       ValueError: if an array has not two axes, or epsilon or mask do not fit.
     """
     mask = _check(x, mask, cotangent=cotangent, dx=dx)
-    x_hat, inv_sigma = batch_norm.standardize(x, epsilon, mask=mask)
-    valid = True if mask is None else mask
+    x_hat, valid, count, inv_sigma, _ = _parts(x, 1.0, epsilon, mask)
+    valid = valid[:, None] > 0
     a, dx = (jnp.where(valid, u, 0).astype(x_hat.dtype) for u in (cotangent, dx))
-    count = jnp.maximum(len(x) if mask is None else mask.sum(), 1)
 
     def m(u):
         return u.sum(0) / count
@@ -264,7 +266,9 @@ def block(
     z = jnp.matmul(x, kernel, precision="highest")
     x_hat, valid, count, factor, _ = _parts(z, scale, epsilon, mask)
     slope = jax.vmap(jax.vmap(jax.grad(activation)))(scale * x_hat + bias)  # [N, F]
-    to_x = jnp.einsum("if,fij,df->ifjd", slope, dense(z, scale, epsilon, mask), kernel, precision="highest")
+    to_x = jnp.einsum(
+        "if,fij,df->ifjd", slope, _matrix(x_hat, valid, count, factor), kernel, precision="highest"
+    )
     centred = valid[:, None] * (x - x.sum(0) / count)  # again: what rounding left
     covariance = jnp.matmul(x_hat.T, x, precision="highest") / count  # [F, D]
     to_kernel = factor[:, None] * (centred[:, None] - x_hat[:, :, None] * covariance)

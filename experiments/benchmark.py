@@ -12,7 +12,7 @@ and bias), and takes from the compiled program what it keeps from the one pass f
 
 all in one process, alternating, so that they share whatever the machine is doing. docs/batch_norm.md has what was
 measured. bnjax sums twice as often in the forward pass, since the others are wrong far from zero; it keeps x_hat
-and two numbers a feature, as little as any.
+and one number a feature, as little as any.
 """
 
 import math
@@ -241,8 +241,7 @@ def main(argv: list[str]) -> None:
     common.prepare_process()
     folder = Path(FLAGS.out).expanduser()
     try:
-        if len(argv) > 1:
-            raise ValueError(f"unknown argument {argv[1]!r}: everything is set by flags")
+        common.check_arguments(argv)
         shapes = [parse_shape(text) for text in FLAGS.shapes or [""]]
         if len({*shapes}) < len(shapes):
             raise ValueError(f"--shapes names a shape twice: {','.join(FLAGS.shapes)}")

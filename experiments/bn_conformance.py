@@ -74,8 +74,7 @@ def main(argv: list[str]) -> None:
 
 def check(argv: list[str], folder: Path, page: Path | None) -> None:
     """Raises ValueError or OSError for what can be told to be wrong before any work."""
-    if len(argv) > 1:
-        raise ValueError(f"unknown argument {argv[1]!r}: everything is set by flags")
+    common.check_arguments(argv)
     if not FLAGS.implementations:
         raise ValueError("--implementations is empty")
     for name in FLAGS.implementations:

@@ -29,6 +29,12 @@ def fail(message: str) -> SystemExit:
     return SystemExit(f"error: {message}")
 
 
+def check_arguments(argv: list[str]) -> None:
+    """Raises ValueError for what is left on the command line beside the flags."""
+    if len(argv) > 1:
+        raise ValueError(f"unknown argument {argv[1]!r}: everything is set by flags")
+
+
 def prepare_process() -> None:
     """One XLA device per core on CPU, unless set otherwise; no chatter. To be called before JAX's first array."""
     logging.set_verbosity(logging.WARNING)

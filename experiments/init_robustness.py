@@ -98,8 +98,7 @@ def main(argv: list[str]) -> None:
 
 def prepare(argv: list[str], folder: Path) -> Job | xr.Dataset:
     """The job, after every check that can be made before training; or its results, if they stand in `folder`."""
-    if len(argv) > 1:
-        raise ValueError(f"unknown argument {argv[1]!r}: everything is set by flags")
+    common.check_arguments(argv)
     if not 0 < FLAGS.threshold <= 1:
         raise ValueError(f"--threshold must be in (0, 1], got {FLAGS.threshold}")
     axes = {

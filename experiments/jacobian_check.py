@@ -156,8 +156,7 @@ def main(argv: list[str]) -> None:
     common.prepare_process()
     folder = Path(FLAGS.out).expanduser()
     try:
-        if len(argv) > 1:
-            raise ValueError(f"unknown argument {argv[1]!r}: everything is set by flags")
+        common.check_arguments(argv)
         choices.check("activation", FLAGS.activation, mlp.ACTIVATIONS)
         if FLAGS.masked >= FLAGS.samples:
             raise ValueError(f"--masked={FLAGS.masked} leaves none of --samples={FLAGS.samples}")

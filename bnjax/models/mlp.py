@@ -77,8 +77,7 @@ def mlp(
         raise ValueError(f"features must be positive widths, got {features}")
     if num_outputs < 1:
         raise ValueError(f"num_outputs must be at least 1, got {num_outputs}")
-    if not 0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon must be >= 0 and finite, got {epsilon}")
+    batch_norm.check_epsilon(epsilon)
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum (of the running statistics) must be None or in [0, 1], got {momentum}")
     phi = choose("activation", activation, ACTIVATIONS)
