@@ -1,6 +1,6 @@
 """bnjax: what batch normalization does to initialization."""
 
-from bnjax import batch_norm, data, initializers, jacobian
+from bnjax import activations, batch_norm, data, initializers, jacobian
 from bnjax.models.mlp import mlp
 from bnjax.sweeps.run import sweep
 from bnjax.sweeps.store import load as load_results
@@ -18,6 +18,7 @@ __all__ = [
     "Model",
     "TrainConfig",
     "__version__",
+    "activations",
     "batch_norm",
     "data",
     "initializers",

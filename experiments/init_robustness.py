@@ -16,7 +16,7 @@ from absl import app, flags
 from rich.table import Table
 
 import bnjax
-from bnjax import choices, plots, training
+from bnjax import activations, choices, plots, training
 from bnjax.models import mlp
 from bnjax.sweeps import grid, robustness, store
 from experiments import common
@@ -34,7 +34,7 @@ flags.DEFINE_string(
 # network
 flags.DEFINE_integer("depth", 3, "Number of hidden layers.", lower_bound=1)
 flags.DEFINE_integer("hidden_width", 128, "Units per hidden layer.", lower_bound=1)
-flags.DEFINE_string("activation", "relu", f"One of {', '.join(mlp.ACTIVATIONS)}.")
+flags.DEFINE_string("activation", "relu", f"One of {', '.join(activations.ACTIVATIONS)}.")
 flags.DEFINE_list("norms", "batch,none", f"Networks to compare, of {', '.join(mlp.NORMS)}.")
 flags.DEFINE_string("norm_position", "before_activation", f"One of {', '.join(mlp.NORM_POSITIONS)}.")
 flags.DEFINE_float("epsilon", 1e-5, "Batch normalization's epsilon, inside the square root.")

@@ -17,8 +17,7 @@ import numpy as np
 from absl import app, flags
 from rich.table import Table
 
-from bnjax import batch_norm, choices, jacobian
-from bnjax.models import mlp
+from bnjax import activations, batch_norm, jacobian
 from experiments import common
 
 FLAGS = flags.FLAGS
@@ -31,7 +30,7 @@ flags.DEFINE_float("scale", 1.5, "Batch normalization's scale.")
 flags.DEFINE_float(
     "epsilon", 0.1, "Batch normalization's epsilon; large by default, to be seen in the spectrum."
 )
-flags.DEFINE_string("activation", "tanh", f"Of the block activation(BN(x W)): {', '.join(mlp.ACTIVATIONS)}.")
+flags.DEFINE_string("activation", "tanh", f"Of the block activation(BN(x W)): {', '.join(activations.ACTIVATIONS)}.")
 flags.DEFINE_integer("seed", 0, "Draws samples and weights.", lower_bound=0)
 flags.DEFINE_integer("operator_samples", 65_536, "N for the operator's time and memory.", lower_bound=1)
 flags.DEFINE_string("out", "results/jacobian_check", "Output folder.")
@@ -107,7 +106,7 @@ def comparisons(dtype: str) -> dict[str, tuple[str, float]]:
     kernel = rng.normal(size=(FEATURES, FEATURES)).astype(dtype)
     scale = np.full(FEATURES, FLAGS.scale, dtype)
     mask = np.arange(n)[:, None] >= FLAGS.masked
-    phi = mlp.ACTIVATIONS[FLAGS.activation]
+    phi = activations.get(FLAGS.activation)
     with jax.enable_x64(dtype == "float64"):
         forms = jax.jit(lambda *arrays: closed_forms(*arrays, FLAGS.epsilon, mask, phi))
         found = jax.tree.map(np.asarray, forms(x, a, dx, kernel, scale))
@@ -157,7 +156,7 @@ def main(argv: list[str]) -> None:
     folder = Path(FLAGS.out).expanduser()
     try:
         common.check_arguments(argv)
-        choices.check("activation", FLAGS.activation, mlp.ACTIVATIONS)
+        activations.get(FLAGS.activation)
         if FLAGS.masked >= FLAGS.samples:
             raise ValueError(f"--masked={FLAGS.masked} leaves none of --samples={FLAGS.samples}")
         for flag in ("mean", "std", "scale"):

@@ -20,11 +20,10 @@ from flax.core import freeze
 from flax.errors import ModifyScopeVariableError
 
 import bnjax
-from bnjax import batch_norm
+from bnjax import activations, batch_norm
 from bnjax.interop import flax as to_from_flax
 from bnjax.interop import nnx as our_nnx
 from bnjax.interop import torch as to_from_torch
-from bnjax.models import mlp as mlp_module
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = np.load(ROOT / "tests" / "golden" / "torch_mlp.npz")
@@ -141,7 +140,7 @@ class Net(nn.Module):
         first = self.options["norm_position"] == "before_activation"
         use_bias = self.options["use_bias"]
         use_bias = not (has_norm and first) if use_bias is None else use_bias
-        phi = mlp_module.ACTIVATIONS[self.options["activation"]]
+        phi = activations.get(self.options["activation"])
         for width in self.features:
             x = nn.Dense(width, use_bias=use_bias)(x)
             for step in ("norm", "phi") if first else ("phi", "norm"):

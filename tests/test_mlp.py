@@ -40,6 +40,10 @@ def by_hand(params, x, phi, norm, position):
         ("sigmoid", lambda x: 1 / (1 + np.exp(-x))),
         ("tanh", np.tanh),
         ("gelu", lambda x: x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2),
+        ("leaky_relu", lambda x: np.where(x > 0, x, 0.01 * x)),
+        ("elu", lambda x: np.where(x > 0, x, np.exp(x) - 1)),
+        ("silu", lambda x: x / (1 + np.exp(-x))),
+        ("softplus", lambda x: np.log(1 + np.exp(x))),
         ("linear", lambda x: x),
     ],
 )

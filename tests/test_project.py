@@ -25,12 +25,15 @@ ORDER = [
     "choices",
     "batch_norm",
     "jacobian",
+    "activations",
     "initializers",
     "models.mlp",
     "interop.entries",
     "interop.flax",
     "interop.nnx",
     "interop.torch",
+    "theory.mean_field",
+    "probes",
     "data.standardization",
     "data.builders",
     "data.loading",
@@ -46,7 +49,7 @@ ORDER = [
     "plots",
     "__init__",
 ]
-EMPTY = {"interop.__init__", "models.__init__", "sweeps.__init__"}
+EMPTY = {"interop.__init__", "models.__init__", "sweeps.__init__", "theory.__init__"}
 ONLY_IN = {
     "matplotlib": {"plots"},
     "tensorflow_datasets": {"data.builders"},

@@ -11,24 +11,14 @@ the norm. Frozen kernels stand in `batch_stats`, among what no optimizer touches
 """
 
 import math
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 
-from bnjax import batch_norm, initializers
-from bnjax.choices import check, choose
+from bnjax import activations, batch_norm, initializers
+from bnjax.choices import check
 from bnjax.types import Model
 
-ACTIVATIONS = MappingProxyType(
-    {
-        "relu": jax.nn.relu,
-        "sigmoid": jax.nn.sigmoid,
-        "tanh": jnp.tanh,
-        "gelu": jax.nn.gelu,
-        "linear": lambda x: x,
-    }
-)
 NORMS = ("batch", "none")
 NORM_POSITIONS = ("before_activation", "after_activation")
 SCALED_LAYERS = ("hidden", "all")
@@ -53,8 +43,7 @@ def mlp(
     Args:
       features: widths of the hidden layers; () gives a linear classifier.
       num_outputs: K, the number of classes.
-      activation: of the hidden layers: relu, sigmoid, tanh, gelu (its usual approximation by tanh, jax.nn's
-        default) or linear.
+      activation: of the hidden layers, by name (`bnjax.activations`).
       norm: of the hidden layers: "batch" or "none".
       norm_position: "before_activation" or "after_activation".
       initializer: of all kernels, by name (`bnjax.initializers`).
@@ -80,7 +69,7 @@ def mlp(
     batch_norm.check_epsilon(epsilon)
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum (of the running statistics) must be None or in [0, 1], got {momentum}")
-    phi = choose("activation", activation, ACTIVATIONS)
+    phi = activations.get(activation)
     draw = initializers.get(initializer)
     check("norm", norm, NORMS)
     check("norm_position", norm_position, NORM_POSITIONS)

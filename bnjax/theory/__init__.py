@@ -1,0 +1,1 @@
+"""Predictions that need no training."""
