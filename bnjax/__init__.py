@@ -1,12 +1,12 @@
 """bnjax: what batch normalization does to initialization."""
 
-from bnjax import activations, batch_norm, data, initializers, jacobian
+from bnjax import activations, batch_norm, data, initializers, jacobian, probes
 from bnjax.models.mlp import mlp
 from bnjax.sweeps.run import sweep
 from bnjax.sweeps.store import load as load_results
 from bnjax.sweeps.store import save as save_results
 from bnjax.training import TrainConfig, make_train
-from bnjax.types import BatchNormParams, BatchStats, Dataset, History, Hyperparams, Model
+from bnjax.types import BatchNormParams, BatchStats, Dataset, History, Hyperparams, Model, Probe, Snapshot
 from bnjax.version import __version__
 
 __all__ = [
@@ -16,6 +16,8 @@ __all__ = [
     "History",
     "Hyperparams",
     "Model",
+    "Probe",
+    "Snapshot",
     "TrainConfig",
     "__version__",
     "activations",
@@ -26,6 +28,7 @@ __all__ = [
     "load_results",
     "make_train",
     "mlp",
+    "probes",
     "save_results",
     "sweep",
 ]

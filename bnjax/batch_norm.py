@@ -95,6 +95,7 @@ def apply(
     axis_name: str | Sequence[str] | None = None,
     debias: bool = False,
     unbiased: bool = False,
+    detach: Sequence[str] = (),
 ) -> tuple[Float[jax.Array, "..."], BatchStats]:
     """Normalizes a batch; in training by its own statistics, in evaluation by the running ones.
 
@@ -137,14 +138,18 @@ def apply(
       unbiased: average N / (N - 1) times the batch variances, N counting valid entries, in the running
         variance. By default it averages the very variances that training divides by, so that evaluation
         agrees with training; the unbiased ones estimate the variance of the population, and are PyTorch's.
+      detach: which of the batch statistics, "mean" and "var", are constants to the derivative: what is left
+        of the Jacobian is `(scale / sigma) (I - [1 1^T / N] - [x_hat x_hat^T / N])` without the first bracket, the
+        second or both. For asking what the derivative through the statistics is good for.
 
     Returns:
       y, of the shape and dtype of x, and the updated statistics. In evaluation they are returned unchanged.
 
     Raises:
       TypeError: if x or a statistic is not floating point, mask or `train` is not boolean, or `momentum` is traced.
-      ValueError: if shapes do not fit, or `momentum`, `epsilon` or `axis` is out of range.
+      ValueError: if shapes do not fit, `momentum`, `epsilon` or `axis` is out of range, or `detach` has other names.
     """
+    check_detach(detach)
     if not isinstance(train, bool | np.bool_):
         raise TypeError(f"train must be True or False, got {train!r}")
     x, epsilon, features, reduced, mask = _check(
@@ -169,7 +174,10 @@ def apply(
 
     scale, bias = (p if p is None else jnp.expand_dims(p, reduced) for p in params)
     if train:
-        y, batch = _transform(x, scale, bias, epsilon, mask, reduced, axis_name)
+        if detach:
+            y, batch = _detached(x, scale, bias, epsilon, mask, reduced, axis_name, detach)
+        else:
+            y, batch = _transform(x, scale, bias, epsilon, mask, reduced, axis_name)
         stats = _update(stats, batch, momentum, debias, unbiased)
     else:
         mean, var = (jnp.expand_dims(s, reduced) for s in (stats.mean, stats.var))
@@ -309,6 +317,24 @@ def _differentiable(x, scale, bias, epsilon, mask, reduced, axis_name, number):
     return _affine(batch.x_hat, scale, bias), batch
 
 
+def _detached(x, scale, bias, epsilon, mask, reduced, axis_name, detach):
+    """`_transform` with one or both statistics constant to the derivative."""
+    batch = _transform(lax.stop_gradient(x), None, None, epsilon, mask, reduced, axis_name)[1]
+    x_hat = batch.x_hat
+    mean_of, _ = _averager(x_hat, mask, reduced, axis_name)
+    d = (x - lax.stop_gradient(x)).astype(x_hat.dtype)  # 0, with the derivative of x
+    if mask is not None:
+        d = jnp.where(mask, d, 0)
+    direct = d
+    if "mean" not in detach:
+        d = d - mean_of(direct)
+    if "var" not in detach:
+        d = d - x_hat * mean_of(x_hat * direct)
+    if mask is not None:
+        d = jnp.where(mask, d, 0)
+    return _affine(x_hat + batch.inv_sigma * d, scale, bias), batch
+
+
 def _affine(x_hat, scale, bias):
     if scale is not None:
         x_hat = x_hat * scale.astype(x_hat.dtype)
@@ -446,6 +472,12 @@ def check_epsilon(epsilon: ArrayLike) -> None:
         raise ValueError(f"epsilon must be a scalar, got shape {jnp.shape(epsilon)}")
     if not isinstance(epsilon, jax.core.Tracer) and not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon must be >= 0 and finite, got {epsilon}")
+
+
+def check_detach(detach: Sequence[str]) -> None:
+    """Raises ValueError unless `detach` is a sequence of "mean" and "var"."""
+    if isinstance(detach, str) or not set(detach) <= {"mean", "var"}:
+        raise ValueError(f"detach must be a sequence of 'mean' and 'var', got {detach!r}")
 
 
 def _check(x, epsilon, axis, mask, pooled):

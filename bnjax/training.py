@@ -9,9 +9,9 @@ new shuffle each epoch (an incomplete last batch is dropped), and evaluates on t
 
 A run diverges at the first step whose loss, or whose updated parameters or batch statistics, are not
 finite. It is then frozen at the last state whose own loss was finite, and its history goes on with that
-state's figures. A test loss that is not finite (of a network that is infinite from the start, or between
-the step that ruined it and the next one's loss, which shows it) is recorded as the largest float32; after
-the last step it counts as divergence too, at step `config.steps`.
+state's figures; a probe sees that state, too. A test loss that is not finite (of a network that is infinite
+from the start, or between the step that ruined it and the next one's loss, which shows it) is recorded as the
+largest float32; after the last step it counts as divergence too, at step `config.steps`.
 """
 
 import numbers
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from bnjax import choices
-from bnjax.types import Dataset, History, Hyperparams, Model
+from bnjax.types import Array, Dataset, History, Hyperparams, Model, Probe, Snapshot
 
 LARGEST = float(jnp.finfo(jnp.float32).max)
 TEST_BATCH = 1000  # examples evaluated at once, so that memory does not grow with the test split
@@ -95,18 +95,24 @@ class TrainConfig:
         return (*range(every, self.steps, every), self.steps)
 
 
-def make_train(model: Model, config: TrainConfig) -> Callable[[Hyperparams, Dataset], History]:
+def make_train(
+    model: Model, config: TrainConfig, probe: Probe | None = None
+) -> Callable[[Hyperparams, Dataset], History | tuple[History, dict[str, Array]]]:
     """Returns `train(hyper, ds) -> History`, pure; see the top of this module.
+
+    With a `probe` it is `train(hyper, ds) -> (History, {quantity: [1 + E, ...]})`: what the probe measured before
+    the first step and at each of the E evaluations. It sees the run and changes nothing in it.
 
     `train` raises ValueError (when traced) if the batch is larger than the training split, or labels and
     examples differ in number.
     """
 
-    def train(hyper: Hyperparams, ds: Dataset) -> History:
+    def train(hyper, ds):
         _check_shapes(ds, config)
         hyper = _as_32_bit(hyper)
         optimizer = OPTIMIZERS[config.optimizer](hyper)
         params, batch_stats = model.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
+        initial = (params, batch_stats)
         state = (params, batch_stats, optimizer.init(params))
         num_train = len(ds.train_x)
         steps_per_epoch = num_train // config.batch_size
@@ -122,6 +128,11 @@ def make_train(model: Model, config: TrainConfig) -> Callable[[Hyperparams, Data
             )
             chosen = jax.lax.dynamic_slice(order, (position * config.batch_size,), (config.batch_size,))
             return jnp.asarray(ds.train_x)[chosen], jnp.asarray(ds.train_y)[chosen], order
+
+        def probed(params, batch_stats):
+            if probe is None:
+                return {}
+            return dict(probe.measure(Snapshot(params, batch_stats, *initial, ds, hyper)))
 
         def loss_fn(params, batch_stats, x, y):
             logits, batch_stats = model.apply(params, batch_stats, x, train=True)
@@ -156,23 +167,31 @@ def make_train(model: Model, config: TrainConfig) -> Callable[[Hyperparams, Data
             carry, _ = jax.lax.scan(one_step, (*carry, averages), steps)
             (params, batch_stats, _), _, _, _, (train_loss, train_accuracy, _) = carry
             test_loss, test_accuracy = _evaluate(model, params, batch_stats, ds.test_x, ds.test_y)
-            return carry, (train_loss, train_accuracy, test_loss, test_accuracy)
+            curves = (train_loss, train_accuracy, test_loss, test_accuracy)
+            return carry, (curves, probed(params, batch_stats))
 
         averages = (jnp.float32(LARGEST), jnp.float32(0), jnp.int32(0))
         carry = (state, state[:2], jnp.arange(num_train), jnp.int32(-1), averages)
         every = config.eval_every or config.steps
         whole = config.steps // every
-        carry, curves = jax.lax.scan(
+        carry, recorded = jax.lax.scan(
             segment, carry, jnp.arange(whole * every, dtype=jnp.int32).reshape(whole, every)
         )
         if whole * every < config.steps:
             carry, last = segment(carry, jnp.arange(whole * every, config.steps, dtype=jnp.int32))
-            curves = jax.tree.map(lambda c, v: jnp.concatenate([c, v[None]]), curves, last)
+            recorded = jax.tree.map(lambda c, v: jnp.concatenate([c, v[None]]), recorded, last)
+        curves, measured = recorded
         *_, diverged_step, _ = carry
         overflowed = (diverged_step < 0) & ~jnp.isfinite(curves[2][-1])
         diverged_step = jnp.where(overflowed, config.steps, diverged_step)
         curves = [jnp.where(jnp.isfinite(curve), curve, LARGEST) for curve in curves]
-        return History(*curves, diverged=diverged_step >= 0, diverged_step=diverged_step)
+        history = History(*curves, diverged=diverged_step >= 0, diverged_step=diverged_step)
+        if probe is None:
+            return history
+        start = probed(*initial)
+        return history, jax.tree.map(
+            lambda first, rest: jnp.concatenate([first[None], rest]), start, measured
+        )
 
     return train
 

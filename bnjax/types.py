@@ -3,7 +3,7 @@
 Axis letters, here and everywhere: N batch, C features, E evaluations, K classes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -102,6 +102,24 @@ class Hyperparams(NamedTuple):
     learning_rate: jax.Array | float = 0.1
     momentum: jax.Array | float = 0.9
     weight_decay: jax.Array | float = 0.0
+
+
+class Snapshot(NamedTuple):
+    """One training run at one moment, as a probe sees it."""
+
+    params: PyTree
+    batch_stats: PyTree
+    initial_params: PyTree  # before the first step
+    initial_batch_stats: PyTree
+    ds: Dataset
+    hyper: Hyperparams
+
+
+class Probe(NamedTuple):
+    """What is measured before the first step of a run and at each of its evaluations."""
+
+    measure: Callable[[Snapshot], Mapping[str, jax.Array]]  # {quantity: [] or [layers]}, float32
+    layers: tuple[str, ...] = ()  # the names of the layers
 
 
 class History(NamedTuple):

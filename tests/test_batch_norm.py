@@ -803,6 +803,44 @@ def test_bad_input(call, error_type, words):
             run()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("detach", [("mean",), ("var",), ("mean", "var")])
+def test_detached_statistics(x64, detach, masked):
+    """Against autodiff of the formula with stop_gradient at the statistics; the value is the whole layer's."""
+    rng = np.random.default_rng(0)
+    x, a = rng.normal(size=(2, 9, 4)) + 0.5
+    params = BatchNormParams(*rng.normal(size=(2, 4)))
+    stats = batch_norm.init(4, jnp.float64)[1]
+    mask = (np.arange(9) > 2)[:, None] if masked else np.full((9, 1), True)
+    hold = {name: jax.lax.stop_gradient if name in detach else lambda s: s for name in ("mean", "var")}
+
+    def textbook(x, scale, bias):
+        mean = jnp.where(mask, x, 0).sum(0) / mask.sum()
+        var = hold["var"](jnp.where(mask, (x - mean) ** 2, 0).sum(0) / mask.sum())
+        return jnp.where(mask, scale * (x - hold["mean"](mean)) / jnp.sqrt(var + 0.1), 0) + bias
+
+    def layer(x, scale, bias, **options):
+        params = BatchNormParams(scale, bias)
+        return batch_norm.apply(params, stats, x, train=True, epsilon=0.1, mask=mask, **options)
+
+    y, updated = layer(x, *params, detach=detach)
+    expected, expected_stats = layer(x, *params)
+    np.testing.assert_array_equal(y, expected)
+    for value, other in zip(updated, expected_stats, strict=True):
+        np.testing.assert_array_equal(value, other)
+    grads = jax.grad(lambda *args: (a * layer(*args, detach=detach)[0]).sum(), (0, 1, 2))(x, *params)
+    reference = jax.grad(lambda *args: (a * textbook(*args)).sum(), (0, 1, 2))(x, *params)
+    for found, wanted in zip(grads, reference, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("detach", ["mean", ("variance",)])
+def test_bad_detach(detach):
+    params, stats = batch_norm.init(4)
+    with pytest.raises(ValueError, match="detach must be a sequence of 'mean' and 'var', got"):
+        batch_norm.apply(params, stats, jnp.ones((3, 4)), train=True, detach=detach)
+
+
 def test_train_is_true_or_false():
     with pytest.raises(TypeError, match="train must be True or False, got 'eval'"):
         batch_norm.apply.__wrapped__(PARAMS, STATS, jnp.ones((4, 3)), train="eval")

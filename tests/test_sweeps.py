@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
@@ -111,6 +112,47 @@ class TestSweep:
         assert both.test_loss.dims == ("model", "seed", "step")
         for name, model in models.items():
             assert (both.test_loss.sel(model=name) == sweep(blobs, {"seed": range(3)}, model).test_loss).all()
+
+    def test_probes(self, blobs):
+        """What they measure in each cell, labelled; the runs themselves are as without."""
+
+        def measure(s):
+            norms = [jnp.linalg.norm(s.params[name]["kernel"]) for name in ("hidden_0", "output")]
+            return {"norm": jnp.stack(norms), "scale": jnp.float32(s.hyper.init_scale)}
+
+        probe = bnjax.Probe(measure, layers=("hidden_0", "output"))
+        axes = {"seed": range(3), "init_scale": [0.5, 2.0]}
+        found = sweep(blobs, axes, {"a": MODEL}, probe=probe).sel(model="a")
+        assert found.norm.dims == ("seed", "init_scale", "probe_step", "layer")
+        assert found.scale.dims == ("seed", "init_scale", "probe_step")
+        assert found.probe_step.values.tolist() == [0, 5, 10, 12]
+        assert (found.scale == found.init_scale).all()
+        start, _ = MODEL.init(jax.random.key(2), (12,), 2.0)
+        cell = found.sel(seed=2, init_scale=2.0)
+        np.testing.assert_allclose(
+            cell.norm.sel(probe_step=0, layer="hidden_0"),
+            jnp.linalg.norm(start["hidden_0"]["kernel"]),
+            rtol=1e-6,
+        )
+        np.testing.assert_allclose(found.test_loss, sweep(blobs, axes).test_loss, rtol=1e-3)
+
+    @pytest.mark.parametrize(
+        ("probe", "words"),
+        [
+            (bnjax.Probe(lambda s: {"a": jnp.ones(3)}, ("x", "y")), r"'a' must be a scalar or one figure"),
+            (bnjax.Probe(lambda s: {"test_loss": jnp.ones(())}), "must not call a quantity 'test_loss'"),
+            ({"other": bnjax.Probe(lambda s: {})}, r"one for each of \[''\], got \['other'\]"),
+        ],
+    )
+    def test_bad_probes(self, blobs, monkeypatch, probe, words):
+        monkeypatch.setattr(run, "run_cells", lambda *_: pytest.fail("work was started"))
+        with pytest.raises(ValueError, match=words):
+            sweep(blobs, {"seed": [0]}, probe=probe)
+
+    def test_probes_of_several_models_must_agree(self, blobs):
+        probes = {"a": bnjax.Probe(lambda s: {"x": jnp.ones(())}), "b": bnjax.Probe(lambda s: {})}
+        with pytest.raises(ValueError, match="all models' probes must measure the same"):
+            sweep(blobs, {"seed": [0]}, {"a": MODEL, "b": MODEL}, probe=probes)
 
     @pytest.mark.parametrize(
         "options",

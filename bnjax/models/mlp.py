@@ -37,6 +37,7 @@ def mlp(
     scaled_layers: str = "hidden",
     freeze_hidden: bool = False,
     use_bias: bool | None = None,
+    detach: tuple[str, ...] = (),
 ) -> Model:
     """A multilayer perceptron.
 
@@ -53,6 +54,7 @@ def mlp(
       freeze_hidden: keep the hidden kernels at their initial draw. Biases, batch normalization's scale
         and bias, and the output layer still learn.
       use_bias: of the hidden layers. None: only where no norm follows directly, which would cancel it.
+      detach: which batch statistics, "mean" and "var", are constants to the derivative (`batch_norm.apply`).
 
     Returns:
       `Model`; its `init` takes any input shape, its `apply` flattens each example. The names that its
@@ -67,6 +69,7 @@ def mlp(
     if num_outputs < 1:
         raise ValueError(f"num_outputs must be at least 1, got {num_outputs}")
     batch_norm.check_epsilon(epsilon)
+    batch_norm.check_detach(detach)
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum (of the running statistics) must be None or in [0, 1], got {momentum}")
     phi = activations.get(activation)
@@ -110,6 +113,7 @@ def mlp(
                 train=train,
                 momentum=momentum,
                 epsilon=epsilon,
+                detach=detach,
             )
             return show(f"{name}/norm", y)
 
@@ -152,5 +156,6 @@ def mlp(
         "scaled_layers": scaled_layers,
         "freeze_hidden": freeze_hidden,
         "use_bias": use_bias,
+        "detach": list(detach),
     }
     return Model(init, apply, layers, config)

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -13,7 +14,7 @@ from bnjax.sweeps.plan import Plan, make_plan
 from bnjax.sweeps.progress import Progress
 from bnjax.sweeps.store import circumstances, describe
 from bnjax.training import TrainConfig, check, make_train
-from bnjax.types import ApplyFn, Dataset, History, Hyperparams, InitFn, Model
+from bnjax.types import ApplyFn, Dataset, History, Hyperparams, InitFn, Model, Probe, Snapshot
 
 LONG_NAMES = {
     "train_loss": "training loss (cross-entropy, nats)",
@@ -32,6 +33,7 @@ def sweep(
     axes: Mapping[str, Iterable],
     *,
     hyper: Hyperparams = Hyperparams(),  # noqa: B008 (immutable)
+    probe: Probe | Mapping[str, Probe] | None = None,
     width: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     progress: bool = True,
@@ -48,6 +50,8 @@ def sweep(
       config: what is the same for all cells.
       axes: {field of `Hyperparams`: values}, in the order of the result's dimensions.
       hyper: the values of the hyperparameters that are not swept.
+      probe: measures each run before its first step and at each evaluation (`bnjax.Probe`); several models may have
+        one each, {name: probe}, of the same quantities and layers.
       width: cells vmapped together on one device; default: chosen for network and device.
       devices: default: all local devices.
       progress: show cells done, cells diverged and the time left.
@@ -55,10 +59,12 @@ def sweep(
     Returns:
       A labelled data set of dimensions (model,) *axes, and step (the numbers of steps at the evaluations):
       train_loss, train_accuracy, test_loss, test_accuracy [..., step] and diverged, diverged_step [...].
+      What a probe measures has dimension probe_step (0, and the numbers of steps at the evaluations), and layer if
+      it is one figure a layer; it is not finite where the run's state makes it so.
       Its attributes hold the configuration and the versions of what made it.
 
     Raises:
-      ValueError: for axes, hyperparameters, data or a width that are not allowed, before any work.
+      ValueError: for axes, hyperparameters, data, probes or a width that are not allowed, before any work.
     """
     models = dict(model) if isinstance(model, Mapping) else {"": model}
     if not models:
@@ -67,6 +73,7 @@ def sweep(
     cells = grid.cells(coords, hyper)
     for one in models.values():
         check(one, ds, config)
+    probes = _probes(probe, models, ds)
     plans = {name: make_plan(m, ds, width=width, devices=devices) for name, m in models.items()}
     shape = tuple(len(values) for values in coords.values())
 
@@ -76,32 +83,75 @@ def sweep(
     with Progress(len(models) * len(cells.seed), enabled=progress) as bar:
         for name, one in models.items():
             chunks = []
-            for chunk in run_cells(one, ds, config, cells, plans[name]):
+            for chunk in run_cells(one, ds, config, cells, plans[name], probes[name]):
                 chunks.append(chunk)
-                bar.advance(name, len(chunk.diverged), int(chunk.diverged.sum()))
-            history = History(*(np.concatenate(field) for field in zip(*chunks, strict=True)))
-            histories.append(History(*(field.reshape((*shape, *field.shape[1:])) for field in history)))
+                bar.advance(name, len(chunk[0].diverged), int(chunk[0].diverged.sum()))
+            history = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
+            histories.append(jax.tree.map(lambda a: a.reshape((*shape, *a.shape[1:])), history))
 
-    dims = (*coords, "step")
+    dims = tuple(coords)
     coords["step"] = np.asarray(config.eval_steps)
+    if probe is not None:
+        coords["probe_step"] = np.asarray((0, *config.eval_steps))
+        layers = next(iter(probes.values())).layers
+        if layers:
+            coords["layer"] = np.asarray(layers, object)
     if isinstance(model, Mapping):
         dims, coords = ("model", *dims), {"model": np.asarray(list(models), object), **coords}
-        result = History(*(np.stack(field) for field in zip(*histories, strict=True)))
+        history, measured = jax.tree.map(lambda *values: np.stack(values), *histories)
     else:
-        (result,) = histories
-    return xr.Dataset(
-        {
-            name: (dims[: value.ndim], value, {"long_name": LONG_NAMES[name]})
-            for name, value in result._asdict().items()
-        },
-        coords,
-        attributes,
-    )
+        ((history, measured),) = histories
+
+    def variables(values, further):
+        for name, value in values.items():
+            attrs = {"long_name": LONG_NAMES[name]} if name in LONG_NAMES else {}
+            yield name, ((*dims, *further)[: value.ndim], value, attrs)
+
+    data = dict([*variables(history._asdict(), ["step"]), *variables(measured, ["probe_step", "layer"])])
+    return xr.Dataset(data, coords, attributes)
+
+
+def _probes(probe, models, ds):
+    """{model: its probe or None}, after checking that what they measure fits one data set."""
+    probes = dict(probe) if isinstance(probe, Mapping) else dict.fromkeys(models, probe)
+    if set(probes) != set(models):
+        raise ValueError(f"probe must have one for each of {list(models)}, got {list(probes)}")
+    seen = {}
+    for name, one in probes.items():
+        if one is None:
+            seen[name] = None
+            continue
+
+        def measured(model=models[name], measure=one.measure):
+            hyper = jax.tree.map(jnp.asarray, Hyperparams())
+            state = model.init(jax.random.key(0), ds.train_x.shape[1:], hyper.init_scale)
+            return dict(measure(Snapshot(*state, *state, jax.tree.map(jnp.asarray, ds), hyper)))
+
+        shapes = {quantity: value.shape for quantity, value in jax.eval_shape(measured).items()}
+        for quantity, shape in shapes.items():
+            if quantity in History._fields:
+                raise ValueError(f"a probe must not call a quantity {quantity!r}, which every run records")
+            if shape not in ((), (len(one.layers),)):
+                raise ValueError(
+                    f"the probe's {quantity!r} must be a scalar or one figure for each of its layers "
+                    f"{one.layers}, got shape {shape}"
+                )
+        seen[name] = (one.layers, shapes)
+    if any(other != next(iter(seen.values())) for other in seen.values()):
+        raise ValueError(
+            f"all models' probes must measure the same quantities in the same layers, got {seen}"
+        )
+    return probes
 
 
 def run_cells(
-    model: Model, ds: Dataset, config: TrainConfig, cells: Hyperparams, plan: Plan
-) -> Iterator[History]:
+    model: Model,
+    ds: Dataset,
+    config: TrainConfig,
+    cells: Hyperparams,
+    plan: Plan,
+    probe: Probe | None = None,
+) -> Iterator[tuple[History, dict[str, np.ndarray]]]:
     """Trains the cells chunk by chunk.
 
     Args:
@@ -110,11 +160,12 @@ def run_cells(
       config: what is the same for all cells.
       cells: an array [cells] in each field.
       plan: devices and width. A last chunk that is short is padded to the width and cut again.
+      probe: what to measure along the way.
 
     Yields:
-      Histories of numpy arrays [cells in the chunk, ...], in the order of the cells.
+      (History, what the probe measured) of numpy arrays [cells in the chunk, ...], in the order of the cells.
     """
-    program, replicated = _program(model.init, model.apply, config, plan.devices)
+    program, replicated = _program(model.init, model.apply, config, plan.devices, probe)
     ds = jax.device_put(ds, replicated)
     total = len(cells.seed)
     for start in range(0, total, plan.chunk):
@@ -126,12 +177,16 @@ def run_cells(
 
 @functools.lru_cache(maxsize=16)
 def _program(
-    init: InitFn, apply: ApplyFn, config: TrainConfig, devices: tuple[jax.Device, ...]
-) -> tuple[Callable[[Hyperparams, Dataset], History], NamedSharding]:
+    init: InitFn,
+    apply: ApplyFn,
+    config: TrainConfig,
+    devices: tuple[jax.Device, ...],
+    probe: Probe | None,
+) -> tuple[Callable[[Hyperparams, Dataset], tuple[History, dict[str, jax.Array]]], NamedSharding]:
     """The program that trains a chunk, and where its data belongs. Kept, so that a second sweep compiles nothing."""
     mesh = Mesh(np.asarray(devices), ("cells",))
     split, same = PartitionSpec("cells"), PartitionSpec()
-    train = make_train(Model(init, apply), config)
+    train = make_train(Model(init, apply), config, probe or Probe(lambda _: {}))
 
     def train_group(hyper, ds):  # hyper [width], on one device
         if hyper.seed.shape == (1,):  # XLA's CPU reductions are some 30 times slower beside an axis of size 1
