@@ -196,7 +196,7 @@ def test_no_hidden_layer_is_a_linear_classifier():
     [
         (
             {"activation": "rlu"},
-            r"unknown activation 'rlu' \(did you mean 'relu'\?\); allowed: relu, sigmoid",
+            r"unknown activation 'rlu' \(did you mean 'relu'\?\); allowed: relu, leaky_relu",
         ),
         ({"norm": "layer"}, "unknown norm 'layer'.*allowed: batch, none"),
         ({"norm_position": "before"}, "unknown norm_position 'before'"),

@@ -129,7 +129,7 @@ def test_evaluations(blobs, eval_every, steps):
     assert all(curve.shape == (len(config.eval_steps),) for curve in history[:4])
 
 
-@pytest.mark.parametrize("eval_every", [3, None])
+@pytest.mark.parametrize("eval_every", [3, pytest.param(None, marks=pytest.mark.slow)])
 def test_a_probe_sees_every_state_and_changes_nothing(blobs, eval_every):
     """The states of shorter runs; bitwise equality is not promised between two programs: 7 steps amplify 1e-7 less
     than 1e-4.
@@ -161,6 +161,7 @@ def test_a_probe_sees_every_state_and_changes_nothing(blobs, eval_every):
     np.testing.assert_allclose(probed["norm"][0], jnp.linalg.norm(start["hidden_0"]["kernel"]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluating_more_often_changes_nothing_else(blobs):
     """Up to rounding: XLA may fuse the two programs differently."""
     often, rarely = run(blobs, eval_every=10), run(blobs)
@@ -196,6 +197,7 @@ class TestDivergence:
         assert history.test_loss[step - 1] == training.LARGEST
         assert history.test_loss[step - 2] == history.test_loss[-1]
 
+    @pytest.mark.slow
     def test_shown_by_the_loss_after_the_last_step_alone(self, blobs):
         """One step whose update is finite, to a network whose loss is not."""
         hyper = bnjax.Hyperparams(learning_rate=1e25, momentum=0.0)
@@ -228,6 +230,7 @@ class TestDivergence:
         assert history.test_loss == history.train_loss == training.LARGEST
         assert 0 <= history.test_accuracy <= 1
 
+    @pytest.mark.slow
     def test_the_first_step_may_be_the_last_finite_loss(self, blobs):
         """A finite loss whose update overflows: the loss counts, the update does not."""
         history = run(blobs, bnjax.Hyperparams(learning_rate=3e38, momentum=0.0), self.model)
@@ -258,6 +261,7 @@ def test_frozen_kernels_stay_even_under_weight_decay(blobs):
     assert history.test_accuracy[-1] > 0.5  # the output layer and BN's scale and bias do learn
 
 
+@pytest.mark.slow
 def test_order_of_the_data_has_its_own_seed(blobs):
     one, again, other = run(blobs), run(blobs, data_seed=0), run(blobs, data_seed=1)
     assert one.train_loss == again.train_loss
