@@ -1,6 +1,6 @@
 """bnjax: what batch normalization does to initialization."""
 
-from bnjax import activations, batch_norm, data, initializers, jacobian, probes
+from bnjax import activations, batch_norm, data, initializers, jacobian, probes, theory
 from bnjax.models.mlp import mlp
 from bnjax.sweeps.run import sweep
 from bnjax.sweeps.store import load as load_results
@@ -31,4 +31,5 @@ __all__ = [
     "probes",
     "save_results",
     "sweep",
+    "theory",
 ]

@@ -33,6 +33,7 @@ ORDER = [
     "interop.nnx",
     "interop.torch",
     "theory.mean_field",
+    "theory",
     "probes",
     "data.standardization",
     "data.builders",
@@ -49,7 +50,7 @@ ORDER = [
     "plots",
     "__init__",
 ]
-EMPTY = {"interop.__init__", "models.__init__", "sweeps.__init__", "theory.__init__"}
+EMPTY = {"interop.__init__", "models.__init__", "sweeps.__init__"}
 ONLY_IN = {
     "matplotlib": {"plots"},
     "tensorflow_datasets": {"data.builders"},
@@ -61,7 +62,7 @@ ONLY_IN = {
 
 def module_name(path):
     name = ".".join(path.relative_to(ROOT / "bnjax").with_suffix("").parts)
-    return "data" if name == "data.__init__" else name
+    return name.removesuffix(".__init__") if name in ("data.__init__", "theory.__init__") else name
 
 
 def imports(path):

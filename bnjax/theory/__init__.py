@@ -1,1 +1,5 @@
 """Predictions that need no training."""
+
+from bnjax.theory import mean_field
+
+__all__ = ["mean_field"]
