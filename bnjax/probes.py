@@ -2,17 +2,53 @@
 
 A layer is named as the model names it: a weight matrix by its path in `params` without a last `kernel` (`hidden_0`,
 `output`), an intermediate as `Model.layers` shows it (`hidden_0/preactivation`).
+
+    kernels, weights                  weight matrices, of any `bnjax.Model`
+    signals, gradients, flow          its intermediates, and the gradients to them and to the matrices
+    singular_values                   of the Jacobian between two intermediates, over the whole batch
+    spread, stable_rank, angle        of arrays
+
+Those of the second and third line need a model that has `layers`, whoever made it: `bnjax.mlp`, a Flax module
+(`bnjax.interop.flax.model_from_flax`), or a user's own. With N examples in the batch, an intermediate is
+[N, ...], and its U units are the entries of one example (in an image, each position of each channel).
 """
 
+import itertools
+import math
 import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.experimental.sparse import linalg
 
-from bnjax.types import Model, Probe, PyTree, Snapshot
+from bnjax import choices
+from bnjax.types import Array, Model, Probe, PyTree, Snapshot
+
+# Of a Jacobian that `singular_values` forms: 32 MB in float32, and some seconds for its singular values.
+LARGEST_JACOBIAN = 2**23
 
 
-def kernels(params: PyTree, batch_stats: PyTree = ()) -> dict[str, jax.Array]:
+class Signal(NamedTuple):
+    """An intermediate X [N, U] over a batch; scalars."""
+
+    mean: jax.Array  # of all entries
+    spread: jax.Array  # the root of the mean over units of their variance over the batch
+    dead: jax.Array  # fraction of units with one value for all examples, such as a ReLU that is always 0
+    saturated: jax.Array  # fraction of entries whose slope is next to 0; NaN if X is no elementwise function
+    stable_rank: jax.Array  # of X less its mean over the batch: the number of directions it spreads in
+
+
+class Gradients(NamedTuple):
+    """Norms of gradients by name; scalars."""
+
+    intermediates: dict[str, jax.Array]
+    weights: dict[str, jax.Array]
+
+
+def kernels(params: PyTree, batch_stats: PyTree = ()) -> dict[str, Any]:
     """The weight matrices by name: arrays of rank 2 and above, in natural order (`hidden_2` before `hidden_10`).
 
     Args:
@@ -23,38 +59,380 @@ def kernels(params: PyTree, batch_stats: PyTree = ()) -> dict[str, jax.Array]:
     for tree in (params, batch_stats):
         for path, value in jax.tree_util.tree_leaves_with_path(tree):
             if jnp.ndim(value) >= 2:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                found[name.removesuffix("/kernel")] = value
+                found[_kernel_name(path)] = value
     return {name: found[name] for name in sorted(found, key=_natural)}
+
+
+def _kernel_name(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/kernel")
 
 
 def _natural(name):
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def weights(model: Model, input_shape: tuple[int, ...]) -> Probe:
+def _with_kernels(params, batch_stats, values):
+    """Both trees with other weight matrices: `values` by name."""
+
+    def replaced(path, value):
+        return values[_kernel_name(path)] if jnp.ndim(value) >= 2 else value
+
+    return (jax.tree_util.tree_map_with_path(replaced, tree) for tree in (params, batch_stats))
+
+
+def _cross_entropy(outputs, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
+
+
+def weights(
+    model: Model,
+    input_shape: tuple[int, ...],
+    *,
+    batch_size: int | None = None,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = _cross_entropy,
+) -> Probe:
     """A probe of each weight matrix W along training.
 
     weight_norm: |W|, the Frobenius norm. angle: between W and the initial W, in degrees.
     effective_learning_rate: learning_rate / |W|^2, the step size that counts where a norm hides |W|: there
     the angle a step turns W by does not depend on |W| and the learning rate otherwise (van Laarhoven 2017, section 3).
+    gradient_norm, if there is a `batch_size`: |dL/dW| in training mode.
 
     Args:
-      model: the network.
+      model: the network; it need not have `layers`.
       input_shape: of one example.
+      batch_size: the gradient is that of the first so many training examples. None: not measured.
+      loss: of outputs [N, K] and labels [N], a scalar; by default the mean cross-entropy.
+
+    Raises:
+      ValueError: for a `batch_size` below 1; when it measures, for one above the number of training examples.
     """
+    _check_batch_size(batch_size)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tuple(input_shape), 1.0))
     names = tuple(kernels(*shapes))
 
     def measure(snapshot: Snapshot):
-        now = kernels(snapshot.params, snapshot.batch_stats)
+        state = (snapshot.params, snapshot.batch_stats)
+        now = kernels(*state)
         start = kernels(snapshot.initial_params, snapshot.initial_batch_stats)
         norms = jnp.stack([_norm(now[name]) for name in names])
         angles = jnp.stack([angle(now[name], start[name]) for name in names])
         rate = snapshot.hyper.learning_rate / norms / norms
-        return {"weight_norm": norms, "angle": angles, "effective_learning_rate": rate}
+        measured = {"weight_norm": norms, "angle": angles, "effective_learning_rate": rate}
+        if batch_size is None:
+            return measured
+        x, y = _first_examples(snapshot, batch_size)
+
+        def loss_of(matrices):
+            outputs, _ = model.apply(*_with_kernels(*state, matrices), x, train=True)
+            return loss(outputs, y)
+
+        to_weights = jax.grad(loss_of)(now)
+        return measured | {"gradient_norm": jnp.stack([_norm(to_weights[name]) for name in names])}
 
     return Probe(measure, names)
+
+
+def flow(
+    model: Model,
+    input_shape: tuple[int, ...],
+    *,
+    batch_size: int = 128,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = _cross_entropy,
+) -> Probe:
+    """A probe of each intermediate along training: what `signals` has, and gradient_norm, that of the loss to it.
+
+    Both in training mode, on the first training examples.
+
+    Args:
+      model: a network with `layers`.
+      input_shape: of one example.
+      batch_size: the number of examples.
+      loss: of outputs [N, K] and labels [N], a scalar; by default the mean cross-entropy.
+
+    Raises:
+      ValueError: for a model without `layers`, or a `batch_size` below 1; when it measures, for one above the
+        number of training examples.
+    """
+    _check_batch_size(batch_size)
+    x = jax.ShapeDtypeStruct((2, *input_shape), jnp.float32)
+    params, batch_stats = jax.eval_shape(lambda: model.init(jax.random.key(0), tuple(input_shape), 1.0))
+    names = tuple(_shapes(model, params, batch_stats, x, True))
+
+    def measure(snapshot: Snapshot):
+        x, y = _first_examples(snapshot, batch_size)
+        network = (model, snapshot.params, snapshot.batch_stats, x)
+        found = signals(*network)
+        norms = gradients(*network, lambda outputs: loss(outputs, y)).intermediates
+        measured = {
+            quantity: jnp.stack([getattr(found[name], quantity) for name in names])
+            for quantity in Signal._fields
+        }
+        return measured | {"gradient_norm": jnp.stack([norms[name] for name in names])}
+
+    return Probe(measure, names)
+
+
+def _check_batch_size(batch_size):
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def _first_examples(snapshot, batch_size):
+    x, y = snapshot.ds.train_x, snapshot.ds.train_y
+    if batch_size > len(x):
+        raise ValueError(
+            f"a probe's batch_size must be at most the {len(x)} training examples, got {batch_size}"
+        )
+    return jnp.asarray(x[:batch_size]), jnp.asarray(y[:batch_size])
+
+
+def signals(
+    model: Model,
+    params: PyTree,
+    batch_stats: PyTree,
+    x: Array,
+    *,
+    train: bool = True,
+    saturation: float = 0.01,
+) -> dict[str, Signal]:
+    """The signals of a batch in every named intermediate.
+
+    An entry is saturated if its derivative by the same entry of the intermediate named just before it is below
+    `saturation` in magnitude: for an activation, |phi'(z)|, whose largest value is 1/4 for sigmoid and 1 for tanh
+    and ReLU (for which it is the fraction of entries that are 0). Whether an intermediate is an elementwise function
+    of the one before is found by comparing its derivatives in two directions; if not, it is NaN.
+
+    The stable rank |X|_F^2 / |X|_2^2 of the centred X (Rudelson & Vershynin 2007) is at most min(N - 1, U), 1 if all
+    examples lie on a line, and 0 if they are one point.
+
+    Args:
+      model: a network with `layers`.
+      params: of the network.
+      batch_stats: of the network.
+      x: the batch, [N, ...].
+      train: with the batch's own statistics, or else the running ones.
+      saturation: see above.
+
+    Returns:
+      {name of the intermediate: `Signal`}, in the order of the model. (A `jax.jit` around it sorts the names.)
+
+    Raises:
+      ValueError: for a model without `layers`, or an x that it does not take.
+    """
+    offsets = _offsets(model, params, batch_stats, x, train)
+
+    def show(offsets):
+        return model.layers(params, batch_stats, x, offsets, train=train)[1]
+
+    shown = show({})
+    saturated = _saturated(show, offsets, saturation)
+    return {
+        name: Signal(
+            mean=_mean(shown[name]),
+            spread=spread(shown[name]),
+            dead=(shown[name] == shown[name][:1]).all(0).mean(),
+            saturated=saturated[name],
+            stable_rank=stable_rank(_centred(shown[name])),
+        )
+        for name in offsets
+    }
+
+
+def _saturated(show, offsets, saturation):
+    """{name: fraction of entries with a slope below `saturation`, or NaN}, by derivatives along the offsets."""
+    names = list(offsets)
+    _, push = jax.linearize(show, offsets)
+    ones = {name: jnp.ones_like(offset) for name, offset in offsets.items()}
+    signs = {name: jax.random.rademacher(jax.random.key(0), o.shape, o.dtype) for name, o in offsets.items()}
+
+    def fractions(k):
+        """Along the k-th intermediate, in all that come after another."""
+
+        def along(direction):
+            return push({name: jnp.where(k == i, direction[name], 0) for i, name in enumerate(names)})
+
+        slopes, tested = along(ones), along(signs)
+        found = [jnp.float32(jnp.nan)]
+        for before, name in itertools.pairwise(names):
+            if offsets[before].shape != offsets[name].shape:
+                found.append(jnp.float32(jnp.nan))
+                continue
+            slope = slopes[name]
+            error = jnp.abs(tested[name] - signs[before] * slope).max()
+            elementwise = error <= 1e-3 * jnp.abs(slope).max()
+            small = (jnp.abs(slope) < saturation).mean(dtype=jnp.float32)
+            found.append(jnp.where(elementwise, small, jnp.nan))
+        return jnp.stack(found)
+
+    # One at a time: compiled once, in place of once for each.
+    table = jax.lax.map(fractions, jnp.arange(len(names)))  # [along, of]
+    return {name: table[max(i - 1, 0), i] for i, name in enumerate(names)}
+
+
+def gradients(
+    model: Model,
+    params: PyTree,
+    batch_stats: PyTree,
+    x: Array,
+    loss: Callable[[jax.Array], jax.Array],
+    *,
+    train: bool = True,
+) -> Gradients:
+    """The Frobenius norms of the gradient to every named intermediate, and to every weight matrix.
+
+    The norms lose nothing to squares that over- or underflow. The gradients themselves have float32's range: a norm
+    of exactly 0 says that all entries are too small for it (or that there is no path), infinity that one is too large.
+
+    Args:
+      model: a network with `layers`.
+      params: of the network.
+      batch_stats: of the network; frozen weight matrices stand there.
+      x: the batch, [N, ...].
+      loss: a scalar function of the outputs. `lambda outputs: (outputs * c).sum()` gives the gradients for a
+        fixed cotangent c, whatever the outputs.
+      train: with the batch's own statistics, or else the running ones.
+
+    Returns:
+      `Gradients`.
+
+    Raises:
+      ValueError: for a model without `layers`, or an x that it does not take.
+    """
+    offsets = _offsets(model, params, batch_stats, x, train)
+
+    def loss_of(offsets, matrices):
+        state = _with_kernels(params, batch_stats, matrices)
+        return loss(model.layers(*state, x, offsets, train=train)[0])
+
+    to_offsets, to_matrices = jax.grad(loss_of, (0, 1))(offsets, kernels(params, batch_stats))
+    return Gradients(
+        {name: _norm(to_offsets[name]) for name in offsets},
+        {name: _norm(to_matrices[name]) for name in kernels(params, batch_stats)},
+    )
+
+
+def singular_values(
+    model: Model,
+    params: PyTree,
+    batch_stats: PyTree,
+    x: Array,
+    source: str | None,
+    target: str,
+    *,
+    num: int | None = None,
+    train: bool = True,
+) -> jax.Array:
+    """The singular values of the Jacobian d target / d source over the whole batch, descending.
+
+    Both are taken as vectors of all N U entries, because batch normalization couples the examples. They are the factors
+    by which a perturbation of the batch grows forward, and its gradient backward.
+
+    Args:
+      model: a network with `layers`.
+      params: of the network.
+      batch_stats: of the network.
+      x: the batch, [N, ...].
+      source: the name of an intermediate, or None for x itself.
+      target: the name of an intermediate after it.
+      num: only the so many largest, by LOBPCG (Knyazev 2001) from products with the Jacobian and its transpose,
+        which is not formed. 5 * num must be less than the number of entries of the smaller of the two.
+      train: with the batch's own statistics, or else the running ones.
+
+    Returns:
+      [min(entries of source, entries of target)], or [num].
+
+    Raises:
+      ValueError: for a model without `layers`; an x that it does not take; names that it does not have; a target
+        before the source; without `num`, a Jacobian of more than 2^23 entries; a `num` out of range.
+    """
+    shapes = _shapes(model, params, batch_stats, x, train)
+    names = list(shapes)
+    choices.check("target", target, names)
+    if source is not None:
+        choices.check("source", source, names)
+        if names.index(target) < names.index(source):
+            raise ValueError(
+                f"target {target!r} comes before source {source!r}; the order is {', '.join(names)}"
+            )
+    at = jnp.asarray(x) if source is None else jnp.zeros(shapes[source].shape, shapes[source].dtype)
+    columns, rows = at.size, shapes[target].size
+
+    def function(vector):
+        moved = vector.reshape(at.shape)
+        batch, offsets = (moved, {}) if source is None else (jnp.asarray(x), {source: moved})
+        return model.layers(params, batch_stats, batch, offsets, train=train)[1][target].ravel()
+
+    if num is None:
+        if rows * columns > LARGEST_JACOBIAN:
+            raise ValueError(
+                f"the Jacobian from {source or 'x'} to {target} is {rows} x {columns}, more than "
+                f"{LARGEST_JACOBIAN} entries; use fewer examples, or num for the largest singular values alone"
+            )
+        jacobian = (jax.jacfwd if columns <= rows else jax.jacrev)(function)(at.ravel())
+        return _svdvals(jacobian)
+    if not 0 < 5 * num < min(rows, columns):
+        raise ValueError(f"num must be at least 1 and 5 num less than {min(rows, columns)}, got {num}")
+    _, push = jax.linearize(function, at.ravel())
+    pull = jax.linear_transpose(push, at.ravel())
+    start = jax.random.normal(jax.random.key(0), (min(rows, columns), num), at.dtype)
+    forward, backward = (push, lambda v: pull(v)[0]) if columns <= rows else (lambda v: pull(v)[0], push)
+    # J^T J would square what is near the ends of the range: in units of what J makes of a vector.
+    unit = _unit(forward(start[:, 0] / _norm(start[:, 0])))
+
+    @jax.vmap
+    def squared(vector):
+        return backward(forward(vector) / unit) / unit
+
+    values, _, _ = linalg.lobpcg_standard(lambda block: squared(block.T).T, start)
+    return unit * jnp.sqrt(jnp.maximum(values, 0))
+
+
+def _offsets(model, params, batch_stats, x, train):
+    """A zero offset for every named intermediate, in the model's order."""
+    shapes = _shapes(model, params, batch_stats, x, train)
+    return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+
+
+def _shapes(model, params, batch_stats, x, train):
+    """{name of an intermediate: its shape and dtype}, in the model's order."""
+    if model.layers is None:
+        raise ValueError(
+            "the model has no `layers` function, which shows its intermediates by name (bnjax.types.LayersFn); "
+            "bnjax.mlp and bnjax.interop.flax.model_from_flax have one"
+        )
+    order = []
+
+    def shown(params, batch_stats, x):
+        _, values = model.layers(params, batch_stats, x, {}, train=train)
+        order.extend(values)  # JAX sorts the keys of a dictionary
+        return values
+
+    if not x.shape or x.shape[0] < 1:
+        raise ValueError(f"x must be a batch [N, ...] of at least one example, got shape {x.shape}")
+    try:
+        found = jax.eval_shape(shown, params, batch_stats, x)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the model does not take x of shape {tuple(x.shape)}: {error}") from error
+    return {name: found[name] for name in order}
+
+
+def spread(x: Array) -> jax.Array:
+    """The root of the mean over units of their variance over the batch, |X - mean|_F / sqrt(N U); for X [N, ...]."""
+    return _norm(_centred(x)) / math.sqrt(x.size)
+
+
+def stable_rank(x: Array) -> jax.Array:
+    """|X|_F^2 / |X|_2^2, from 1 to the rank of X: how many directions carry its energy; 0 for X = 0.
+
+    Args:
+      x: [N, ...], taken as N rows.
+    """
+    x = jnp.asarray(x).reshape(len(x), -1)
+    norm = _norm(x)
+    x = x / norm
+    gram = jnp.matmul(*((x, x.T) if x.shape[0] <= x.shape[1] else (x.T, x)), precision="highest")
+    return jnp.where(norm == 0, 0, 1 / _eigvalsh(gram)[-1])  # of a matrix of trace 1
 
 
 def angle(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -67,8 +445,35 @@ def angle(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.degrees(2 * jnp.arctan2(_norm(a - b), _norm(a + b)))
 
 
+# One matrix at a time, under vmap too: LAPACK on a batch may wait for ever, see `bnjax.initializers`.
+_eigvalsh = jax.custom_batching.sequential_vmap(lambda matrix: jnp.linalg.eigvalsh(matrix))
+_svd = jax.custom_batching.sequential_vmap(lambda matrix: jnp.linalg.svd(matrix, compute_uv=False))
+
+
+def _svdvals(matrix):
+    unit = _unit(matrix)
+    return unit * _svd(matrix / unit)
+
+
+def _mean(x):
+    unit = _unit(x)
+    return unit * jnp.mean(x / unit)
+
+
+def _centred(x):
+    """Less its mean over the batch; exactly 0 in a unit that is constant."""
+    x = x - x[:1]
+    unit = _unit(x)
+    return x - unit * (x / unit).mean(0)
+
+
 def _norm(x):
     """The Euclidean norm of all entries; of entries near the ends of float32's range, too."""
-    largest = jnp.abs(x).max()
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    unit = _unit(x)
     return unit * jnp.linalg.norm((x / unit).ravel())
+
+
+def _unit(x):
+    """The largest magnitude, to be divided by; 1 if that cannot be."""
+    largest = jnp.abs(x).max()
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)

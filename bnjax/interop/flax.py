@@ -1,4 +1,4 @@
-"""To and from Flax: variables of a BN layer and of a whole mlp, and `BatchNorm` in the place of Flax's own.
+"""To and from Flax: variables of a BN layer and of an mlp; modules as models; `BatchNorm` in the place of Flax's own.
 
     BN layer    {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}, as `flax.linen.BatchNorm` has it
     mlp         hidden_i's kernel and bias are Dense_i's, its norm is BatchNorm_i; the output layer of a network with L
@@ -12,9 +12,12 @@ batches: without one, `momentum=None` and `debias` begin anew.
 Flax has no frozen parameters: a frozen kernel goes to "params", and Flax's user leaves it out of the optimizer.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -227,3 +230,142 @@ def _flax_names(model, names):
         if leaf != "count":
             flax_names[name] = f"{collection}/{'Dense' if part == 'dense' else 'BatchNorm'}_{layer}/{leaf}"
     return flax_names
+
+
+def model_from_flax(
+    module: nn.Module,
+    *,
+    scaled: Collection[str] | None = None,
+    arguments: Callable[[bool], Mapping[str, Any]] = lambda train: {"train": train},
+    config: Mapping[str, Any] | None = None,
+) -> Model:
+    """A Flax module as a `bnjax.Model`, to be swept and probed like any other.
+
+    Its `layers` shows the output of every submodule by its path, such as `Dense_0` or `Block_1/BatchNorm_0`, where that
+    is one floating-point array; and what the module marks by `self.perturb(name, value)`, as `name` behind the path of
+    the module that does (for activations, which are functions and no submodules). The second call of a
+    submodule is `Dense_0[1]`. Inside of `nn.scan` and `nn.vmap` nothing is shown.
+
+    Args:
+      module: called with a batch x [N, ...], gives outputs [N, K]. It has the collections "params" and, if any,
+        "batch_stats", and needs no random numbers beside those of its initialization.
+      scaled: the submodules, by path, whose kernels `init_scale` multiplies: all arrays of rank 2 and above in
+        them. None: all but the kernel of the submodule that is called last, the output layer.
+      arguments: the keyword arguments of the module in training (True) and evaluation (False). For a
+        module that has none, `lambda train: {}`.
+      config: identifies the network in stored results. None: the class and attributes of the module, and of modules
+        among these. Functions count by name, so those that are defined in place need a `config`.
+
+    Returns:
+      `Model`. Its `init` raises a ValueError for a name in `scaled` without kernels, and for other collections.
+    """
+
+    def init(key, input_shape, init_scale=1.0):
+        called = []
+
+        def record(next_function, args, kwargs, context):
+            called.append("/".join(context.module.path))
+            return next_function(*args, **kwargs)
+
+        with nn.intercept_methods(record):
+            variables = dict(module.init(key, jnp.zeros((1, *input_shape)), **arguments(False)))
+        variables.pop("perturbations", None)
+        variables.pop("intermediates", None)
+        unknown = set(variables) - set(COLLECTIONS)
+        if unknown:
+            raise ValueError(
+                f"collections must be {' and '.join(COLLECTIONS)}, the module has {sorted(unknown)} too"
+            )
+        params = flatten_dict(variables.get("params", {}), sep="/")
+        kernels = [name for name, value in params.items() if jnp.ndim(value) >= 2]
+
+        def inside(kernel, submodule):
+            return kernel.startswith(f"{submodule}/")
+
+        if scaled is None:
+            own = [path for path in called if any(k.rpartition("/")[0] == path for k in kernels)]
+            chosen = [k for k in kernels if k.rpartition("/")[0] != own[-1]] if own else []
+        else:
+            useless = [name for name in scaled if not any(inside(k, name) for k in kernels)]
+            if useless:
+                raise ValueError(
+                    f"scaled has {useless}, in which there are no kernels; kernels are {', '.join(kernels)}"
+                )
+            chosen = [k for k in kernels if any(inside(k, name) for name in scaled)]
+        for name in chosen:
+            params[name] = params[name] * jnp.asarray(init_scale, params[name].dtype)
+        return unflatten_dict(params, sep="/"), variables.get("batch_stats", {})
+
+    def forward(params, batch_stats, x, train, further=()):
+        mutable = [*(["batch_stats"] if train else []), *further]
+        outputs, new = module.apply(
+            {"params": params, "batch_stats": batch_stats}, x, **arguments(train), mutable=mutable
+        )
+        return outputs, new
+
+    def apply(params, batch_stats, x, *, train):
+        outputs, new = forward(params, batch_stats, x, train)
+        return outputs, new.get("batch_stats", batch_stats)
+
+    def layers(params, batch_stats, x, offsets, *, train):
+        order = []
+
+        def show(module, key, name, value):
+            if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jnp.floating):
+                return value
+            if not module.is_mutable_collection(_SHOWN):  # lifted, without its collections
+                return value
+            calls = len(module.get_variable(_SHOWN, key, ()))
+            name = f"{name}[{calls}]" if calls else name
+            value = value + offsets[name] if name in offsets else value
+            order.append(name)
+            module.sow(_SHOWN, key, value)  # not by way of a closure, so that it leaves nn.remat, too
+            return value
+
+        def intercept(next_function, args, kwargs, context):
+            module, path = context.module, "/".join(context.module.path)
+
+            def perturb(name, value, collection="perturbations"):
+                return show(module, name, "/".join((*module.path, name)), value)
+
+            object.__setattr__(module, "perturb", perturb)  # of this call's own copy of the module
+            y = next_function(*args, **kwargs)
+            if context.method_name == "__call__" and path:
+                y = show(module, "__call__", path, y)
+            return y
+
+        with nn.intercept_methods(intercept):
+            outputs, new = forward(params, batch_stats, x, train, [_SHOWN])
+        shown = {}
+        for path, values in flatten_dict(new.get(_SHOWN, {})).items():
+            name = "/".join(path[:-1] if path[-1] == "__call__" else path)
+            shown |= {f"{name}[{i}]" if i else name: value for i, value in enumerate(values)}
+        unknown = set(offsets) - set(shown)
+        if unknown:
+            raise ValueError(f"unknown offsets {sorted(unknown)}; allowed: {', '.join(shown)}")
+        order = dict.fromkeys(name for name in order if name in shown)
+        return outputs, {name: shown[name] for name in (*order, *(n for n in shown if n not in order))}
+
+    if config is None:
+        config = {"model": "flax", "module": _description(module)}
+        config["scaled"] = None if scaled is None else sorted(scaled)
+    return Model(init, apply, layers, config)
+
+
+_SHOWN = "bnjax_shown"
+
+
+def _description(value):
+    """A module, and what is in its attributes, as JSON holds it; without addresses in memory."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [_description(one) for one in value]
+    if isinstance(value, Mapping):
+        return {str(name): _description(one) for name, one in value.items()}
+    if isinstance(value, nn.Module):
+        names = [field.name for field in dataclasses.fields(value) if field.name not in ("parent", "name")]
+        attributes = {name: _description(getattr(value, name, None)) for name in names}
+        return {"class": type(value).__qualname__, **attributes}
+    name = getattr(value, "__name__", None)
+    return name if isinstance(name, str) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -14,7 +14,8 @@ in two functions of rho; psi(z) = phi(scale z + bias), the samples a and b diffe
                   - (2 rho^2 - rho^4) E[(n_a psi'(z_a) - n_b psi'(z_b))^2] / 2
 
     V of the next layer = weight_std^2 E_s[spread]
-    growth = E|gradient to this layer's z|^2 / E|gradient to the next one's|^2 = weight_std^2 E_s[slope / (V s/B + epsilon)]
+    growth = E|gradient to this layer's z|^2 / E|gradient to the next one's|^2
+           = weight_std^2 E_s[slope / (V s/B + epsilon)]
 
 by the closed-form Jacobian of BN (`bnjax.jacobian`), weights independent of the gradient that passes them, and
 gradients that all samples share alike (Yang et al. 2019, "A Mean Field Theory of Batch Normalization", section 4;
@@ -23,8 +24,8 @@ slope. Both functions need the joint distribution of two samples at most, so eac
 quadrature in float64 on the host, nothing is sampled.
 
 `weight_std` is the standard deviation times sqrt(fan_in): sqrt(2) init_scale for He's initializers, init_scale for
-LeCun's. Activations are names (`bnjax.activations`) or elementwise JAX functions; pieces that are smooth between kinks are
-found by themselves.
+LeCun's. Activations are names (`bnjax.activations`) or elementwise JAX functions, smooth but for some kinks, which are
+found.
 """
 
 import functools
@@ -111,9 +112,9 @@ def gradient_growth(
       A factor without unit; of the norm itself it is the square root.
 
     Raises:
-      ValueError: for an unknown name; a function that is not elementwise, not finite on the quadrature's range, constant
-        there, has a derivative that does not fit it (a jump), or whose integrals do not converge; batch_size below 4 or
-        not an integer; a value out of range.
+      ValueError: for an unknown name; a function that is not elementwise, not finite on the quadrature's range,
+        constant there, has a derivative that does not fit it (a jump), or whose integrals do not converge;
+        batch_size below 4 or not an integer; a value out of range.
     """
     B = _check(batch_size, epsilon, weight_std, start)
     if epsilon == 0 and scale == 1 and bias == 0:
@@ -298,7 +299,7 @@ def order_chaos(activation: Activation, weight_std: Real, bias_std: Real = 0.0) 
 
     Returns:
       `OrderChaos`. A depth scale is infinite where the approach is slower than exponential. correlation is NaN
-      for phi(z) = z without biases, which keeps every correlation.
+      where every correlation is kept: phi linear, or linear at the small signals that are left, without biases.
 
     Raises:
       ValueError: as `gradient_growth`.
@@ -309,9 +310,16 @@ def order_chaos(activation: Activation, weight_std: Real, bias_std: Real = 0.0) 
     phi = _Function(_evaluator(activation), 1.0, 0.0, None)
     weight_var, bias_var = float(weight_std) ** 2, float(bias_std) ** 2
     variance, q, growth_of_q = _length_fixed_point(phi, weight_var, bias_var)
-    phi = _with_breaks(phi, _CUT * math.sqrt(q))
+    phi = _with_breaks(phi, _CUT * math.sqrt(max(q, 1.0)))
     next_q = weight_var * float(_expect(phi, q, lambda u, p, d: p * p)) + bias_var
     chi_1 = weight_var * float(_expect(phi, q, lambda u, p, d: d * d))
+
+    if math.isinf(variance):
+        earlier = weight_var * float(_expect(phi, q / 100, lambda u, p, d: d * d))
+        if abs(chi_1 - earlier) > 0.01 * chi_1:
+            raise ValueError(
+                "the activation makes signals blow up faster than exponentially: there is no deep limit"
+            )
 
     def correlate(c):
         product, slopes = _converge(lambda n: _correlated(phi, q, c, n))
@@ -355,16 +363,16 @@ def depth_scale(growth: Real) -> float:
     if not 0 < growth < math.inf:
         raise ValueError(f"growth must be above 0 and finite, got {growth}")
     rate = abs(math.log(growth))
-    return 1 / rate if rate > 1e-12 else math.inf
+    return 1 / rate if rate > 1e-7 else math.inf
 
 
 def depth_at_ratio(growth: Real, ratio: Real) -> float:
     """The depth L over which the squared gradient norm changes by the factor `ratio`: growth^L = ratio or 1 / ratio.
 
     L = ln(ratio) depth_scale(growth) is exact in the mean-field limit. At which ratio training stops is NOT a
-    theorem: it depends on the task, the optimizer and the number of steps. Without batch normalization, the rule of thumb of
-    Schoenholz et al. 2017 is 6 depth scales (of xi_c; for gradients that is ratio = e^6 = 403). float32 itself ends where
-    the gradient under- or overflows, at a ratio of some 1e76 for squared norms.
+    theorem: it depends on the task, the optimizer and the number of steps. Without batch normalization, the rule of
+    thumb of Schoenholz et al. 2017 is some 6 depth scales xi_c; the same number of gradient's depth scales is a
+    ratio of e^6 = 403. What float32 can hold ends at a ratio of some 1e76 for squared norms.
 
     Args:
       growth: per layer, of the squared norm.
@@ -409,13 +417,15 @@ def _layer(psi, B):
         shrink = 1 / (1 + np.outer(t, s))  # epsilon / (V s/B + epsilon)
         rho_squared = 1 - shrink
         ratio, slope = table(np.sqrt(rho_squared))
+        # Interpolated values may be below 0 by rounding.
+        ratio, slope = np.maximum(ratio, 0), np.maximum(slope, 0)
         return (ratio * s * shrink) @ weights, (slope * shrink) @ weights, rho_squared @ weights
 
     return layer
 
 
 def _ratios(psi, B, rho):
-    """spread / rho^2 and slope, [2, M]; spread vanishes like rho^2."""
+    """Both [2, M]: spread / rho^2 and slope; spread vanishes like rho^2."""
     rho = np.maximum(rho, _SMALLEST_RHO)
     spread, slope = _moments(psi, B, rho)
     return np.stack([spread / rho**2, slope])
@@ -508,7 +518,7 @@ def _converge(integral):
             return found
         previous = found
     raise ValueError(
-        f"the activation's integrals do not converge: {n} nodes a panel, and half as many, differ by more than {TOLERANCE:g}"
+        f"the activation's integrals do not converge: they change by more than {TOLERANCE:g} even at {n} nodes a panel"
     )
 
 
@@ -527,7 +537,7 @@ def _panels(edges, n):
 
 
 def _edges(inner, limit, parts):
-    """`inner` [..., K] within [-limit, limit], and the edges of equal parts, in order; without panels empty everywhere."""
+    """`inner` [..., K] within [-limit, limit] and the edges of equal parts, in order; no panel is empty everywhere."""
     inner = np.clip(inner, -limit, limit)
     equal = np.broadcast_to(np.linspace(-limit, limit, parts + 1), (*inner.shape[:-1], parts + 1))
     edges = np.sort(np.concatenate([equal, inner], -1), -1)
@@ -554,13 +564,13 @@ def _normal_moments(psi, B, rho, n):
 def _sphere_moments(psi, B, rho, n):
     """[2, M]: spread and slope for n uniform on the unit sphere orthogonal to 1, in B - 1 dimensions.
 
-    n_a = k sin(theta), n_b = k (c sin(theta) + sqrt(1 - c^2) cos(theta) sin(eta)) with k^2 = 1 - 1/B, c = -1 / (B - 1) and
-    the density cos(theta)^(B - 3) cos(eta)^(B - 4).
+    n_a = k sin(theta), n_b = k (c sin(theta) + sqrt(1 - c^2) cos(theta) sin(eta)), k^2 = 1 - 1/B, c = -1 / (B - 1),
+    of density cos(theta)^(B - 3) cos(eta)^(B - 4).
     """
     c, radius = -1 / (B - 1), math.sqrt(B - 1)
     shift = math.asin(-c)
     limit = math.asin(min(1.0, _CUT / radius))
-    parts = math.ceil(min(1.0, radius / _CUT) * _PARTS)
+    parts = 2 * math.ceil(min(1.0, radius / _CUT) * _PARTS / 2)
     kinks = psi.breaks / (rho[:, None] * radius)  # [M, K]
     # z_a or an end of z_b's range on a kink
     ends = np.arccos(np.clip(np.concatenate([kinks, -kinks], 1), -1, 1))
@@ -616,27 +626,32 @@ def _correlated(phi, q, c, n):
 
 
 def _length_fixed_point(phi, weight_var, bias_var):
-    """q*, a q at which to take its limits if q* is 0 or infinite, and dq'/dq there."""
-    smallest, largest = 1e-14, 1e14
+    """q*, a q at which to take its limits if q* is 0 or infinite, and dq'/dq there.
+
+    Newton's steps, which are as long as the recursion's own or change q by a quarter at most.
+    """
+    nothing, tiny, huge = 1e-10, 1e-16, 1e14
 
     def step(q):
-        at = _with_breaks(phi, _CUT * math.sqrt(q))
-        squares = _expect(at, q, lambda u, p, d: p * p)
-        derivative = _expect(at, q, lambda u, p, d: p * d * u) / math.sqrt(q)
+        squares = _expect(phi, q, lambda u, p, d: p * p)
+        derivative = _expect(phi, q, lambda u, p, d: p * d * u) / math.sqrt(q)
         return weight_var * float(squares) + bias_var, weight_var * float(derivative)
 
-    q = weight_var + bias_var
-    for _ in range(2000):
+    q, covered = weight_var + bias_var, 0.0
+    for _ in range(1000):
+        if q > covered:
+            covered = 100 * q
+            phi = _with_breaks(phi, _CUT * math.sqrt(covered))
         after, derivative = step(q)
-        if after < smallest:
-            return 0.0, smallest, derivative
-        if after > largest:
-            return math.inf, largest, derivative
+        if after < nothing:
+            return 0.0, tiny, step(tiny)[1]
+        if after > huge:
+            return math.inf, q, derivative
         if abs(after - q) <= 1e-10 * q:
             return q, q, derivative
-        newton = q + (after - q) / (1 - derivative) if derivative < 1 else after
-        # Newton's step where it does not leap over fixed points.
-        q = newton if abs(newton - q) < 0.1 * q else after
+        away = math.inf if after > q else 0.0
+        target = q + (after - q) / (1 - derivative) if derivative < 1 - 1e-9 else away
+        q = min(max(target, min(after, q / 1.25)), max(after, 1.25 * q))
     raise ValueError(f"the variance's recursion does not settle: q is {q:.6g}, then {after:.6g}")
 
 
@@ -663,7 +678,7 @@ def _function(activation, B, scale, bias):
 
 
 def _evaluator(activation):
-    """jit of z -> (phi(z), phi'(z)); its inputs have _CHUNK entries."""
+    """A compiled z -> (phi(z), phi'(z)) for z [_CHUNK]."""
     phi = activations.get(activation) if isinstance(activation, str) else activation
     try:
         return _compiled(phi)
@@ -705,7 +720,7 @@ def _evaluate(psi, z):
 
 
 def _with_breaks(psi, limit):
-    """psi with what breaks it on [-limit, limit]; panels that no polynomial fits are divided down to rounding.
+    """Finds what breaks psi on [-limit, limit]: panels that no polynomial fits are divided down to rounding.
 
     Raises:
       ValueError: if psi is not elementwise, not smooth in pieces, jumps, or has a derivative that is not its own.
@@ -722,30 +737,32 @@ def _with_breaks(psi, limit):
 
     edges = np.linspace(-limit, limit, 62)  # an odd number of panels, so that 0 lies within one
     left, width = edges[:-1], edges[1] - edges[0]
-    value, slope = _evaluate(psi, left[:, None] + width * (x + 1) / 2)
-    typical = np.abs(slope[np.abs(left) <= max(1.0, width)]).mean()
-    typical_value = np.abs(value).max()
+    value, slope = _evaluate(psi, left[:, None] + width * (x + 1) / 2)  # [panel, node]
+    size_of_value, size_of_slope = np.abs(value).max(), 0.0
     rough = []  # (centre, width)
     while len(left) and width > 1e-14 * limit:
         if len(left) > 4096:
             raise ValueError("the activation is not smooth between a few kinks: it cannot be integrated")
-        size = np.abs(slope).max(1, keepdims=True) + 1e-6 * typical
+        density = np.exp(-((left + width / 2) ** 2) / 4)  # what lies far out must not hide a kink
+        size_of_slope = max(size_of_slope, float((density * np.abs(slope).max(1)).max()))
+        size = np.abs(slope).max(1, keepdims=True) + 1e-6 * size_of_slope
         inner = left[:, None] + width / parts * np.arange(parts)
         value_in, slope_in = _evaluate(psi, inner[:, :, None] + width / parts * (x + 1) / 2)
         off = np.abs((slope @ to_children.T).reshape(slope_in.shape) - slope_in).max((1, 2), keepdims=True)[
             :, 0
         ]
         smooth = (off <= 1e-7 * size)[:, 0]
-        noise = 1e-13 * typical_value / width
+        noise = 1e-13 * size_of_value / width
         wrong = smooth & (
             np.abs(value @ derivative.T * (2 / width) - slope).max(1) > 1e-5 * size[:, 0] + 100 * noise
         )
         if wrong.any():
             raise ValueError(
-                "the activation's derivative does not fit it (a jump, or a rule of its own) near "
+                "the activation's derivative does not fit it (a jump, a rule of its own, "
+                "or arithmetic coarser than float64) near "
                 f"{psi.scale * left[wrong][0] + psi.bias:.4g}"
             )
-        if width < 1e-3 * limit:
+        if width < 1e-2 * limit:
             rough += [(start + width / 2, width) for start in left[~smooth]]
         left, slope = inner[~smooth].reshape(-1), slope_in[~smooth].reshape(-1, len(x))
         value, width = value_in[~smooth].reshape(-1, len(x)), width / parts
@@ -754,12 +771,14 @@ def _with_breaks(psi, limit):
         if all(abs(centre - found) > 64 * size for found in breaks):
             breaks.append(centre)
     breaks = np.sort(np.array(breaks, float))
+    at_zero = np.abs(psi.scale * breaks + psi.bias) < 1e-10 * abs(psi.scale) * limit
+    breaks[at_zero] = -psi.bias / psi.scale  # exactly, since signals may be tiny
     if len(breaks) > 64:
-        raise ValueError(f"the activation has {len(breaks)} kinks: it cannot be integrated")
+        raise ValueError(f"the activation has {len(breaks)} kinks or steep places: it cannot be integrated")
     if len(breaks):
         step = 1e-9 * limit
         sides, slopes = _evaluate(psi, breaks[:, None] + step * np.array([-1, 1]))
-        jump = np.abs(np.diff(sides)[:, 0]) > 1e-3 * typical_value * 1e-3 + 10 * step * np.abs(slopes).max(1)
+        jump = np.abs(np.diff(sides)[:, 0]) > 1e-6 * size_of_value + 10 * step * np.abs(slopes).max(1)
         if jump.any():
             raise ValueError(f"the activation jumps at {psi.scale * breaks[jump][0] + psi.bias:.4g}")
     return psi._replace(breaks=breaks)
@@ -788,6 +807,8 @@ def _check(batch_size, epsilon, weight_std, start):
         return None
     if isinstance(batch_size, bool) or not math.isfinite(batch_size) or batch_size != int(batch_size):
         raise ValueError(f"batch_size must be an integer or None, got {batch_size}")
+    if batch_size > 1e9:
+        raise ValueError(f"batch_size must be at most 1e9, got {batch_size}; None is an infinite batch")
     if batch_size <= 3:
         raise ValueError(
             f"batch_size must be at least 4, got {batch_size}: at 3 or below the expected squared gradient is infinite "
