@@ -390,43 +390,39 @@ def epsilon_threshold(results: xr.Dataset, *, title: str = "") -> Figure:
     return figure
 
 
-def flow_by_layer(
-    spread: xr.DataArray, gradient: xr.DataArray, *, names: Mapping[str, str], title: str = ""
-) -> Figure:
-    """The signal forward and the gradient backward, layer by layer, at a few scales: a column of panels per norm.
+def flow_by_layer(rows: Mapping[str, xr.DataArray], *, names: Mapping[str, str], title: str = "") -> Figure:
+    """Signals forward and gradients backward, layer by layer, at a few scales: a column of panels per norm.
 
     Args:
-      spread: of the pre-activations over the batch; dimensions norm, init_scale, seed and layer. What is not above 0
+      rows: {label: values}, a row of panels each; dimensions norm, init_scale, seed and layer. What is not above 0
         and finite is not drawn.
-      gradient: the norm of that to each layer's weights, likewise.
       names: of the norms, for the panels.
       title: above the figure.
 
     Returns:
       A matplotlib figure: medians and ranges over seeds on logarithmic axes, which the panels of a row share.
     """
-    norms = list(spread.norm.values)
-    figure = Figure(figsize=(1 + 4 * len(norms), 6.8), layout="constrained", dpi=150)
-    panels = figure.subplots(2, len(norms), sharex=True, sharey="row", squeeze=False)
-    layers = np.arange(1, spread.sizes["layer"] + 1)
-    rows = (
-        (spread, "forward: spread of W x\nover the batch"),
-        (gradient, "backward: norm of the gradient\nto the layer's weights"),
-    )
-    for row, (values, label) in zip(panels, rows, strict=True):
+    some = next(iter(rows.values()))
+    norms = list(some.norm.values)
+    layers = np.arange(1, some.sizes["layer"] + 1)
+    figure = Figure(figsize=(1 + 3.6 * len(norms), 0.7 + 2.6 * len(rows)), layout="constrained", dpi=150)
+    panels = figure.subplots(len(rows), len(norms), sharex=True, sharey="row", squeeze=False)
+    for row, (label, values) in zip(panels, rows.items(), strict=True):
         values = values.where((values > 0) & np.isfinite(values))
         for axes, norm in zip(row, norms, strict=True):
             for i, scale in enumerate(values.init_scale.values):
                 runs = values.sel(norm=norm, init_scale=scale)
-                style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+                color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
                 axes.fill_between(
-                    layers, runs.min("seed"), runs.max("seed"), color=style["color"], alpha=0.2, linewidth=0
+                    layers, runs.min("seed"), runs.max("seed"), color=color, alpha=0.2, linewidth=0
                 )
-                axes.plot(layers, runs.median("seed"), markersize=5, label=f"{scale:g}", **style)
+                axes.plot(
+                    layers, runs.median("seed"), color=color, marker=marker, markersize=5, label=f"{scale:g}"
+                )
             axes.set_yscale("log")
             axes.grid(alpha=0.25)
         row[0].set_ylabel(label)
-    for top, bottom, norm in zip(*panels, norms, strict=True):
+    for top, bottom, norm in zip(panels[0], panels[-1], norms, strict=True):
         top.set_title(names.get(norm, norm))
         bottom.set_xlabel("hidden layer")
         bottom.set_xticks(layers)
@@ -501,6 +497,8 @@ def gradient_by_scale(
                 )
         if activation in starts:
             axes.axvline(starts[activation], color="0.4", linewidth=1, linestyle=":")
+            text = "epsilon matters left of this" if activation == activations[0] else ""
+            axes.text(starts[activation], low * 2, text, fontsize=7, rotation=90, ha="right", color="0.3")
         axes.set(xscale="log", yscale="log", ylim=(low, high), xlabel="init_scale", title=activation)
         axes.set_xlim(scales[0], scales[-1])
         axes.grid(alpha=0.25)
