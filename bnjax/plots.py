@@ -220,6 +220,7 @@ def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = Non
     for axes in grid[len(shown) :]:
         axes.set_visible(False)
     for axes, panel in zip(grid, shown, strict=False):
+        drawn = {"x": False, "y": False}  # whether there is anything that a logarithmic axis can show
         for i, (name, values) in enumerate(panel.series.items()):
             color = COLORS[i % len(COLORS)]
             (dim,) = (d for d in values.dims if d != "seed")
@@ -228,15 +229,14 @@ def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = Non
                 low, high = values.min("seed"), values.max("seed")
                 axes.fill_between(x, low.values, high.values, color=color, alpha=0.18, linewidth=0)
                 values = values.median("seed")
+            drawn["x"] |= bool((x > 0).any())
+            drawn["y"] |= bool((values > 0).any())
             style = "none" if name in panel.unconnected else "--" if name in panel.dashed else "-"
             marker = MARKERS[i % len(MARKERS)]
             axes.plot(x, values.values, linestyle=style, color=color, marker=marker, markersize=4, label=name)
+        axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
         axes.set(
-            xlabel=panel.xlabel,
-            ylabel=panel.ylabel,
-            title=panel.title,
-            xscale=panel.xscale,
-            yscale=panel.yscale,
+            xscale=panel.xscale if drawn["x"] else "linear", yscale=panel.yscale if drawn["y"] else "linear"
         )
         for i, (name, x) in enumerate(panel.marks.items()):
             color = COLORS[i % len(COLORS)] if panel.paired else "0.3"
@@ -496,9 +496,9 @@ def gradient_by_scale(
                     label=f"slope {slope:g}",
                 )
         if activation in starts:
-            axes.axvline(starts[activation], color="0.4", linewidth=1, linestyle=":")
-            text = "epsilon matters left of this" if activation == activations[0] else ""
-            axes.text(starts[activation], low * 2, text, fontsize=7, rotation=90, ha="right", color="0.3")
+            axes.axvline(
+                starts[activation], color="0.4", linewidth=1, linestyle=":", label="BN's law from here"
+            )
         axes.set(xscale="log", yscale="log", ylim=(low, high), xlabel="init_scale", title=activation)
         axes.set_xlim(scales[0], scales[-1])
         axes.grid(alpha=0.25)

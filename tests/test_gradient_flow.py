@@ -1,0 +1,163 @@
+"""The gradient-flow experiment: its slopes against exact power laws, its main at a tiny size, what it refuses."""
+
+import re
+
+import numpy as np
+import pytest
+import scripts
+import xarray as xr
+
+import bnjax
+
+gradient_flow = scripts.load("gradient_flow")
+TINY = {
+    "depths": "2",
+    "hidden_width": 6,
+    "batch_size": 16,
+    "seeds": 2,
+    "init_scales": "1e-2:1e7:10",
+    "shown_scales": "1,10",
+    "jacobian_examples": 4,
+    "steps": "0,2",
+}
+
+
+@pytest.fixture
+def main(tmp_path):
+    """Runs the experiment in this process; --out is tmp_path/out."""
+
+    def call(**options):
+        scripts.run("gradient_flow", **({"out": str(tmp_path / "out")} | options))
+        return tmp_path / "out"
+
+    return call
+
+
+class TestSlopes:
+    SCALES = np.logspace(-3, 5, 9)
+
+    def values(self, *laws):
+        data = np.stack([law(self.SCALES) for law in laws], axis=-1)
+        return xr.DataArray(data, {"init_scale": self.SCALES}, ("init_scale", "layer"))
+
+    def test_of_powers(self):
+        found = gradient_flow.slopes(
+            self.values(lambda a: 3 / a, lambda a: 0 * a + 2, lambda a: 1e-9 * a**2.5)
+        )
+        np.testing.assert_allclose(found, [-1, 0, 2.5], atol=1e-12)
+
+    def test_is_numpys_least_squares_of_what_is_finite_and_not_zero(self):
+        values = self.values(lambda a: a * (1 + 0.3 * np.sin(np.arange(9))), lambda a: a**3)
+        values[0, 0], values[3, 0], values[8, 0] = 0, np.inf, np.nan
+        kept = np.isin(np.arange(9), [0, 3, 8], invert=True)
+        line = np.polyfit(np.log10(self.SCALES[kept]), np.log10(values.values[kept, 0]), 1)
+        np.testing.assert_allclose(gradient_flow.slopes(values), [line[0], 3], rtol=1e-12)
+
+    def test_one_figure_has_no_slope(self):
+        values = self.values(lambda a: np.where(a == 1, a, 0), lambda a: 0 * a)
+        assert np.isnan(gradient_flow.slopes(values)[1])
+
+    def test_theory(self):
+        """Counted by hand for 3 scaled layers without BN: 2 others; after the first 2, after the last none."""
+        layers = range(3)
+        assert [gradient_flow.theory("none", "weight", i, 3) for i in layers] == [2, 2, 2]
+        assert [gradient_flow.theory("none", "preactivation", i, 3) for i in layers] == [2, 1, 0]
+        assert {gradient_flow.theory("batch", "weight", i, 3) for i in layers} == {-1}
+        assert {gradient_flow.theory("batch", "activation", i, 3) for i in layers} == {0}
+
+
+class TestMain:
+    @pytest.mark.parametrize(
+        ("norms", "depth"), [("batch", 1), pytest.param("batch,none", 2, marks=pytest.mark.slow)]
+    )
+    def test_at_a_tiny_size(self, main, capsys, norms, depth):
+        folder = main(**TINY | {"depths": depth}, activations="relu", norms=norms)
+        results = bnjax.load_results(folder / "results.zarr")
+        printed = capsys.readouterr().out
+        for name in ("layers.png", "scales.png"):
+            assert (folder / name).stat().st_size > 10_000
+            assert name in printed
+        sizes = {
+            "activation": 1,
+            "norm": len(norms.split(",")),
+            "depth": 1,
+            "init_scale": 10,
+            "seed": 2,
+            "layer": 3,
+        }
+        assert sizes.items() <= dict(results.sizes).items()
+        # The slopes over 7 decades and more, by numpy and from what is stored.
+        hidden = results.sel(activation="relu", depth=depth).isel(layer=slice(0, depth))
+        normed = hidden.sel(norm="batch").where(hidden.init_scale > 0.5, drop=True)
+        laws = [
+            (normed.weight_gradient, -1),
+            (normed.preactivation_gradient, -1),
+            (normed.norm_gradient, 0),
+            (normed.activation_gradient, 0),
+        ]
+        if "none" in norms:
+            plain = hidden.sel(norm="none")
+            assert plain.norm_gradient.isnull().all()
+            assert re.search(r"relu without BN, 2 layers.*: yes, as the power 1\.00 to 1\.00", printed)
+            laws.append((plain.weight_gradient, 1))
+        for values, power in laws:
+            logs = np.log10(values.transpose("init_scale", ...).values.reshape(len(values.init_scale), -1))
+            found = np.polyfit(np.log10(values.init_scale), logs, 1)[0]
+            np.testing.assert_allclose(found, power, atol=0.02)
+        assert "With BN, no: over 7.0 decades" in printed
+        assert results.attrs["thresholds"]["relu"] == pytest.approx(np.sqrt(1e-5 / (1 - 1 / np.pi)), rel=1e-4)
+        assert results.training_gradient_norm.sizes["probe_step"] == 2
+
+    @pytest.mark.slow
+    def test_of_what_has_no_power_law(self, main, capsys):
+        """Sigmoid at 1e7: all of some 1000 units are saturated, and the gradient is exactly 0."""
+        folder = main(**TINY, activations="sigmoid,tanh", loss="cross_entropy")
+        results = bnjax.load_results(folder / "results.zarr")
+        first = results.weight_gradient.sel(norm="none", layer="hidden_0")
+        assert (first.sel(init_scale=1e7, method="nearest") == 0).all()
+        printed = capsys.readouterr().out
+        assert re.search(r"sigmoid without BN, 2 layers.*: no single power.*exactly 0 from", printed)
+        assert "tanh, BN" in printed
+
+    @pytest.mark.slow
+    def test_with_one_norm(self, main, capsys):
+        main(**TINY, activations="linear", norms="none")
+        printed = capsys.readouterr().out
+        assert "With BN" not in printed
+        assert "linear without BN, 2 layers" in printed
+        main(**TINY, activations="linear", norms="batch")
+        assert "without BN" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"activations": "relu,tan"}, r"unknown activation 'tan' \(did you mean 'tanh'\?\).*relu"),
+        ({"activations": ""}, "--activations must name at least one"),
+        ({"norms": "batch,batch"}, "--norms must name at least one, and none twice, got 'batch,batch'"),
+        ({"norms": "layer"}, "unknown norm 'layer'.*batch, none"),
+        ({"depths": "0,2"}, "--depths must be whole numbers of at least 1, got '0,2'"),
+        ({"depths": "two"}, "--depths must be whole numbers"),
+        ({"steps": "-1,5"}, "--steps must be whole numbers of at least 0"),
+        ({"steps": "0"}, "--steps must have one above 0"),
+        ({"epsilon": -1}, "epsilon"),
+        ({"seeds": "none"}, "--seeds takes"),
+        ({"init_scales": "1:2"}, "--init_scales takes numbers"),
+        ({"init_scales": "0,1"}, "init_scale must be positive"),
+        (
+            {"init_scales": "1e-4:1e-2:5", "shown_scales": "1e-2"},
+            "--init_scales must have 2 values from 0.115 upward",
+        ),
+        ({"shown_scales": "0.5"}, r"--shown_scales must be among --init_scales.*got \[0.5\]"),
+        ({"batch_size": 2}, "at least 3 with BN.*got 2 and 6"),
+        ({"batch_size": 100_000}, "--batch_size must be at most"),
+        (
+            {"jacobian_examples": 16},
+            r"--jacobian_examples=16 .*makes Jacobians of \d+ entries, more than 8388608",
+        ),
+        ({"learning_rate": 0}, "learning_rate must be positive"),
+    ],
+)
+def test_bad_flags(main, options, words):
+    with pytest.raises(SystemExit, match=words):
+        main(**options)

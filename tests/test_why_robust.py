@@ -1,0 +1,412 @@
+"""Why BN is robust: its laws, its verdicts on made-up results, its refusals, and whole runs at a tiny size."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+import scripts
+import xarray as xr
+
+import bnjax
+from bnjax.data import synthetic
+
+why_robust = scripts.load("why_robust")
+SCALES = 10.0 ** np.arange(-4, 5)
+SEEDS = np.arange(3)
+LAYERS = np.asarray(["hidden_0", "output"], object)
+TINY = {
+    "train_examples": 300,
+    "pool": 14,
+    "steps": 10,
+    "frozen_steps": 5,
+    "depth_steps": 5,
+    "batch_size": 50,
+    "depth_batch_size": 50,
+    "hidden_width": 8,
+    "layers": 2,
+    "seeds": "2",
+    "init_scales": "1e-4,1,1e4",
+    "dip_scales": "1e-6,1e-3,1,10",
+    "dip_epsilons": "1e-5,1e-3",
+    "dip_rates": "0.1",
+    "dip_depths": "3",
+    "detached_rates": "0.1",
+    "rates": "0.1,1",
+    "depths": "3",
+    "depth_rates": "0.1",
+}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def main(data_dir, tmp_path):
+    """Runs the experiment in this process, with flags over the tiny ones; the output folder is tmp_path/out."""
+
+    def call(**options):
+        scripts.run("why_robust", **(TINY | {"data_dir": data_dir, "out": str(tmp_path / "out")} | options))
+        return tmp_path / "out"
+
+    return call
+
+
+class TestMain:
+    def check(self, folder, printed, names):
+        for name in names:
+            results = bnjax.load_results(folder / f"{name}.zarr")
+            assert results.attrs["command"].startswith("python -m experiments.why_robust --")
+            assert results.seed.values.tolist() == [0, 1]
+            assert (folder / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+            assert f"│ {name}" in printed
+        assert printed.count("Verdict: ") == printed.count("Claim: ") >= len(names)
+
+    def test_depth(self, main, capsys):
+        self.check(main(controls="depth"), capsys.readouterr().out, ["depth"])
+
+    @pytest.mark.slow
+    def test_all_controls(self, main, capsys):
+        folder = main()
+        out, err = capsys.readouterr()
+        self.check(folder, out, why_robust.CONTROLS)
+        assert "control 7 of 7 done" in err
+        results = bnjax.load_results(folder / "dip.zarr")
+        assert {"epsilon", "learning_rate", "init_scale", "seed", "depth"} <= set(results.dims)
+        results = bnjax.load_results(folder / "norms.zarr")
+        law = results.norm_before**2 + (results.attrs["first_rate"] * results.first_gradient_norm) ** 2
+        above = results.first_scale.values > 0.1
+        np.testing.assert_allclose((results.norm_after**2)[above], law[above], rtol=2e-3)
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"controls": "dips"}, "unknown control 'dips'.*did you mean 'dip'"),
+            ({"controls": ""}, "--controls is empty; allowed: frozen, "),
+            ({"controls": "dip,dip"}, "--controls names one twice: dip,dip"),
+            ({"dataset": "fashion"}, "unknown dataset 'fashion'"),
+            ({"pool": 3}, "--pool must divide the images' 28 x 28 pixels, got 3"),
+            ({"seeds": "0"}, "--seeds takes a count"),
+            ({"init_scales": "1,10,100"}, "--init_scales needs at least 3 values, on both sides of 1"),
+            ({"dip_scales": "0.1,10"}, "--dip_scales needs at least 3 values"),
+            ({"dip_epsilons": "0,1"}, "--dip_epsilons or --seeds: learning_rate must be positive"),
+            ({"rates": "0.1,0.1"}, "--rates or --seeds: axis learning_rate has duplicate values"),
+            ({"rates": "fast"}, "--rates takes numbers"),
+            ({"depths": "1,5"}, "--depths must be at least 2"),
+            ({"depths": "5,x"}, "--depths takes numbers of layers"),
+            ({"dip_depths": "0"}, "--dip_depths takes numbers of layers '5,10,20' from 1 to 1000, got '0'"),
+            ({"learning_rate": 0}, "--learning_rate must be above 0 and finite, got 0"),
+            ({"epsilon": "nan"}, "--epsilon must be above 0 and finite, got nan"),
+            ({"norms_rate": 10}, "--norms_rate=10.0 times --weight_decay=0.2 must be below 1"),
+            ({"steps": 1}, "--steps must be at least 2, got 1"),
+            ({"batch_size": 301}, "--batch_size must be at most the 300 training examples, got 301"),
+            ({"train_examples": 0}, "train_examples"),
+        ],
+    )
+    def test_bad_flags(self, main, monkeypatch, options, words):
+        monkeypatch.setattr(bnjax, "sweep", lambda *_, **__: pytest.fail("work was started"))
+        with pytest.raises(SystemExit, match=words) as error:
+            main(**options)
+        assert str(error.value).startswith("error: ")
+
+    def test_output_folder_that_cannot_be_written(self, main, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(SystemExit, match=r"--out=.*file/out cannot be written"):
+            main(out=str(tmp_path / "file" / "out"))
+
+
+class TestLaws:
+    def test_the_first_step_makes_weights_longer_as_the_law_says(self, blobs):
+        """|W_1|^2 = |W_0|^2 + lr^2 |g|^2 in float64, where it is the growth that counts; epsilon is the rest."""
+        models = {epsilon: bnjax.mlp((16,), 4, epsilon=epsilon) for epsilon in (1e-5, 1e-14)}
+        found = why_robust.first_step(models, blobs, 64, 0.1, [0, 1], [0.01, 1.0])
+        growth = found.norm_after**2 - found.norm_before**2
+        error = np.abs(growth / (0.1 * found.first_gradient_norm) ** 2 - 1)
+        assert (growth.sel(init_scale=0.01) > 10 * found.norm_before.sel(init_scale=0.01) ** 2).all()
+        # What epsilon adds is 2 <W, g> / (lr |g|^2) ~ epsilon / lr, whatever the scale.
+        assert error.sel(model=1e-14).max() < 1e-9
+        assert 1e-6 < error.sel(model=1e-5).max() < 1e-2
+
+    def test_detached_statistics_break_the_law(self, blobs):
+        models = {"BN": bnjax.mlp((16,), 4), "var": bnjax.mlp((16,), 4, detach=("var",))}
+        found = np.abs(why_robust.first_step(models, blobs, 64, 0.1, [0, 1], [1.0]).radial_cosine)
+        assert found.sel(model="BN").max() < 1e-4
+        assert found.sel(model="var").min() > 1e-3
+
+    @pytest.mark.parametrize("start", [1e-3, 1e3])
+    def test_weight_decay_has_an_equilibrium(self, start):
+        """A loss that only sees the direction of w, with noise: |g~|^2 is chi^2 with 49 degrees of freedom.
+
+        |w| forgets what it was in some 25 steps, so that the mean of 10,000 has a standard deviation of 0.1% at most;
+        the tolerance is 1%.
+        """
+        rng = np.random.default_rng(0)
+        rate, decay = 0.1, 0.1
+        w = start * rng.normal(size=50) / math.sqrt(50)
+        norms, turns = [], []
+        for _ in range(13_000):
+            unit = w / np.linalg.norm(w)
+            u = rng.normal(size=50)
+            g = (u - (u @ unit) * unit) / np.linalg.norm(w)
+            turns.append(rate * np.linalg.norm(g) / np.linalg.norm(w))
+            w = w - rate * (g + decay * w)
+            norms.append(np.linalg.norm(w))
+        expected, turn = why_robust.equilibrium(rate, decay, math.sqrt(49))
+        assert np.mean(np.power(norms[3000:], 4)) ** 0.25 == pytest.approx(expected, rel=0.01)
+        assert np.sqrt(np.mean(np.square(turns[3000:]))) == pytest.approx(turn, rel=0.01)
+
+    def test_escape_from_zero(self):
+        """From `predicted_end`, a' = a + lr g(a) takes as many steps as given, but for the last few."""
+        depth, epsilon, rate, steps = 4, 1e-4, 0.01, 2000
+        a = why_robust.predicted_end(depth, epsilon, rate, steps)
+        taken = 0
+        while a < math.sqrt(epsilon):
+            a += (
+                rate
+                / (1 - why_robust.MOMENTUM)
+                * (a / math.sqrt(epsilon)) ** (depth - 1)
+                / math.sqrt(epsilon)
+            )
+            taken += 1
+        assert taken == pytest.approx(steps, rel=0.1)
+
+    def test_deep_network_is_mlp(self, blobs):
+        """With the weights of one in the other: the same outputs and statistics."""
+        deep, flat = why_robust.deep_network(3, 8, 4, 1e-3), bnjax.mlp((8, 8, 8), 4, epsilon=1e-3)
+        params, stats = deep.init(jax.random.key(0), (12,), 0.7)
+
+        def unstacked(tree):
+            layers = [tree["first"], *(jax.tree.map(lambda a, i=i: a[i], tree["hidden"]) for i in range(2))]
+            return {f"hidden_{i}": layer for i, layer in enumerate(layers)}
+
+        outputs, new = jax.jit(deep.apply, static_argnames="train")(params, stats, blobs.train_x, train=True)
+        flat_stats = {name: {"norm": one} for name, one in unstacked(stats).items()}
+        expected, flat_new = jax.jit(flat.apply, static_argnames="train")(
+            unstacked(params) | {"output": params["output"]}, flat_stats, blobs.train_x, train=True
+        )
+        np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(new["hidden"].var[1], flat_new["hidden_2"]["norm"].var, rtol=1e-4)
+        assert deep.config["depth"] == 3
+
+
+class TestSparseParity:
+    def test_it_is_hidden_from_linear_functions(self):
+        """A sample of 20,000: correlations of mean 0, standard deviation 0.007; six of these are allowed (1e-8)."""
+        ds = synthetic.sparse_parity(dimensions=10, order=2, train_examples=20_000, test_examples=5)
+        y = 2 * ds.train_y - 1.0
+        assert np.abs(y @ ds.train_x / len(y)).max() < 6 / math.sqrt(len(y))
+        assert abs(y.mean()) < 6 / math.sqrt(len(y))
+        np.testing.assert_array_equal(y, np.sign(ds.train_x[:, 0] * ds.train_x[:, 1]))
+        assert ds.test_x.shape == (5, 10)
+        assert ds.train_x.dtype == np.float32
+        assert ds.test_y.dtype == np.int32
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({"order": 0}, "order must be at least 1"),
+            ({"dimensions": 3, "order": 4}, "at most the 3 dimensions"),
+        ],
+    )
+    def test_bad_input(self, options, words):
+        with pytest.raises(ValueError, match=words):
+            synthetic.sparse_parity(**options)
+
+
+# Made-up results: what a control would find, and what it would find if the claim were wrong.
+
+
+def grid(dims, values):
+    """An array of these dimensions: {name: coordinates}, filled by broadcasting."""
+    shape = tuple(len(c) for c in dims.values())
+    return xr.DataArray(np.broadcast_to(np.asarray(values, float), shape), dims, list(dims))
+
+
+def results(dims, test_accuracy, train_loss=1.0, **attrs):
+    """What a sweep returns, with two evaluations of which the last counts."""
+    dims = dims | {"step": [50, 100]}
+    accuracy = test_accuracy if isinstance(test_accuracy, xr.DataArray) else grid(dims, test_accuracy)
+    full = grid(dims, 0)
+    diverged = full.isel(step=-1, drop=True) > 1
+    variables = {
+        "test_accuracy": full + accuracy,
+        "train_accuracy": full + accuracy,
+        "train_loss": full + train_loss,
+    }
+    return xr.Dataset(variables | {"diverged": diverged}, attrs={"config": {"steps": 100}} | attrs)
+
+
+def verdicts(findings):
+    return [why_robust.verdict(one) for one in findings]
+
+
+def test_verdict():
+    def of(*tests):
+        return why_robust.verdict(why_robust.Finding("", "", {f"test {i}": t for i, t in enumerate(tests)}))
+
+    assert of(True, True) == "supported"
+    assert of(False, False) == "not supported"
+    assert of(True, False, False) == "partly supported; not so: test 1; test 2"
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_frozen(learns):
+    dims = {"task": ["images", "xor"], "model": ["trained", "frozen"], "init_scale": SCALES, "seed": SEEDS}
+    accuracy = grid(dims, 0.5)
+    trained = (accuracy.model == "trained") & (
+        accuracy.init_scale <= 1 if learns else accuracy.init_scale > 1
+    )
+    accuracy = accuracy.where(~trained, 0.95)
+    angle = grid(dims | {"probe_step": [0, 100], "layer": LAYERS}, 0).where(~trained, 80)
+    found = verdicts(why_robust.judge_frozen(results(dims, accuracy).assign(angle=angle)))
+    assert found[0] == ("supported" if learns else "partly supported; not so: above 90% on XOR")
+    assert found[1:] == (["supported"] * 2 if learns else ["not supported"] * 2)
+
+
+@pytest.mark.parametrize("enough", [True, False])
+def test_detached(enough):
+    dims = {"model": list(why_robust.DETACHED), "learning_rate": [0.1], "init_scale": SCALES, "seed": SEEDS}
+    accuracy = grid(dims, 0.8)
+    accuracy = accuracy.where((accuracy.model == "BN") | enough, 0.5)
+    norms = grid(dims | {"probe_step": [0, 100], "layer": LAYERS}, 1)
+    cosine = grid({"model": dims["model"], "seed": SEEDS, "layer": LAYERS[:1]}, 0.1)
+    cosine = cosine.where((cosine.model != "BN") == enough, 1e-6)
+    found = results(dims, accuracy).assign(weight_norm=norms, first_radial_cosine=cosine)
+    assert verdicts(why_robust.judge_detached(found)) == ["supported" if enough else "not supported"] * 2
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_evaluation(fails):
+    dims = {"model": ["momentum 0.9"], "init_scale": SCALES, "seed": SEEDS, "probe_step": [0, 10, 100]}
+    ones = grid(dims, 0.8)
+    found = xr.Dataset(
+        {"running": ones - 0.3 * fails, "recomputed": ones, "batch": ones - (0 if fails else 0.2)},
+    )
+    expected = ["supported", "supported", "supported"] if fails else ["not supported"] * 3
+    assert verdicts(why_robust.judge_evaluation(found)) == expected
+
+
+@pytest.mark.parametrize("law", [True, False])
+def test_norms(law):
+    """Weights that follow the laws, or that neither grow nor shrink."""
+    scales = np.geomspace(1e-4, 1e4, 33)
+    first = {"first_scale": scales, "seed": SEEDS, "hidden_layer": LAYERS[:1]}
+    before = grid(first, 1) * xr.DataArray(scales, dims="first_scale")
+    limit = float(why_robust.threshold(1e-5))
+    gradient = 1e-1 / np.maximum(before, limit) * np.minimum(1, before / limit) ** 2
+    after = np.sqrt(before**2 + (0.1 * gradient) ** 2) if law else before * (1 + 0.1 * (before < 1))
+    rank = grid(first, 10)
+    dims = {
+        "weight_decay": [0.0, 0.1],
+        "init_scale": SCALES,
+        "seed": SEEDS,
+        "probe_step": [0, 50, 100],
+        "layer": LAYERS,
+    }
+    norm = grid(dims, 1) * xr.DataArray(SCALES, dims="init_scale")
+    later = norm.probe_step > 0
+    settled, _ = why_robust.equilibrium(0.5, 0.1, 1.0)
+    if law:
+        norm = norm.where(~later | (norm.weight_decay > 0), np.maximum(norm, 1))
+        norm = norm.where(~later | (norm.weight_decay == 0), settled)
+    found = xr.Dataset(
+        {
+            "norm_before": before,
+            "norm_after": after,
+            "first_gradient_norm": gradient,
+            "rank_before": rank,
+            "rank_after": rank / (9 if law else 1),
+            "weight_norm": norm,
+            "gradient_norm": 1 / norm if law else 5 / norm,
+            "effective_learning_rate": 0.5 / norm**2,
+        },
+        attrs={"first_rate": 0.1, "epsilon": 1e-5, "hyper": {"learning_rate": 0.5}},
+    )
+    told = verdicts(why_robust.judge_norms(found))
+    if law:
+        assert told == ["supported"] * 4
+    else:
+        assert told[0] == "not supported"
+        assert told[1] == "not supported"
+        assert "not so: below 1 at most half of the decades is left" in told[2]
+        assert told[3] == "not supported"
+
+
+def dip_results(moves):
+    """Accuracy that dips where its threshold is, or at 0.01 for each epsilon; training ends as predicted, or never."""
+    scales = 10.0 ** np.arange(-12, 1.5, 0.5)
+    epsilons, rates = [1e-7, 1e-5, 1e-3], [0.01, 0.1]
+    dims = {"epsilon": epsilons, "learning_rate": rates, "init_scale": scales, "seed": SEEDS}
+    accuracy, effective = grid(dims, 0.8).copy(), grid(dims, 1e-3).copy()
+    for i, epsilon in enumerate(epsilons):
+        place = float(why_robust.threshold(epsilon)) if moves else 0.01
+        away = np.abs(np.log10(scales / place))
+        for j, rate in enumerate(rates):
+            depth = 0.1 * (1 if j else 0.5) if moves else 0.1
+            line = 0.8 - depth * np.maximum(0, 1 - away)
+            if moves:
+                line = np.where(scales < why_robust.predicted_end(3, epsilon, rate, 100) * 10, 0.1, line)
+            accuracy[i, j] = line[:, None]
+            effective[i, j] = (1e-3 * 10 ** (-np.maximum(0, 3 - away) if moves else -away))[:, None]
+    found = results(dims, accuracy, layers=3, epsilon=1e-5, rate=0.1)
+    layered = effective.expand_dims(probe_step=[0, 100], layer=LAYERS)
+    adam = accuracy.isel(epsilon=0, learning_rate=1, drop=True)
+    deeper = grid({"depth": [2], "init_scale": scales, "seed": SEEDS}, 0.8 if moves else 0.1)
+    return found.assign(
+        effective_learning_rate=layered, adam_accuracy=adam.where(not moves, 0.8), depth_accuracy=deeper
+    )
+
+
+def test_dip():
+    where, overshoot, rate, end = verdicts(why_robust.judge_dip(dip_results(moves=True)))
+    assert where == overshoot == rate == end == "supported"
+    where, overshoot, rate, end = verdicts(why_robust.judge_dip(dip_results(moves=False)))
+    assert where != "supported"
+    assert "exponent is within 0.15" in where
+    assert overshoot != "supported"
+    assert rate == "not supported"
+    assert end == "not supported"
+
+
+def test_end_of_training():
+    accuracy = xr.DataArray(
+        [0.1, 0.5, 0.1, 0.3, 0.8], {"init_scale": [1e-4, 1e-3, 1e-2, 0.05, 0.1]}, ["init_scale"]
+    )
+    assert why_robust.end_of_training(accuracy) == 0.05  # the one at 1e-3 is on the other side of a gap
+    assert why_robust.end_of_training(0 * accuracy) == math.inf
+    assert why_robust.end_of_training(0 * accuracy + 1) == 1e-4
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_rates(better):
+    dims = {"model": ["BN", "no BN"], "learning_rate": [0.1, 1.0, 10.0], "init_scale": SCALES, "seed": SEEDS}
+    accuracy = grid(dims, 0.8)
+    accuracy = accuracy.where((accuracy.learning_rate < 1) | ((accuracy.model == "BN") & better), 0.1)
+    loss = xr.DataArray([2.0, 0.5], dims="step") * grid({"model": ["BN", "no BN"]}, 1)
+    if better:  # BN is down to the loss at the first evaluation
+        loss = loss.where(loss.model == "no BN", 0.5)
+    told = verdicts(why_robust.judge_rates(results(dims, accuracy, loss)))
+    assert told == (["supported"] * 2 if better else ["not supported"] * 2)
+
+
+def test_steps_to():
+    dims = {"model": ["a", "b", "c"]}
+    loss = xr.DataArray([[1.0, 0.25], [0.2, 0.1], [2.0, 1.0]], {**dims, "step": [50, 100]}, ["model", "step"])
+    found = why_robust.steps_to(results(dims, 0.5, loss), 0.5)
+    np.testing.assert_allclose(found, [75, 50, np.inf])  # half the way on a logarithmic scale
+
+
+@pytest.mark.parametrize("stops", [True, False])
+def test_depth(stops):
+    depths = [5, 20, 80]
+    dims = {"variant": ["ReLU"], "depth": depths, "learning_rate": [0.01, 0.1], "seed": SEEDS}
+    accuracy = grid(dims, 0.8)
+    accuracy = accuracy.where((accuracy.depth < 80) | (not stops), 0.1)
+    found = results(dims, accuracy)
+    growth = grid({"variant": ["ReLU"], "seed": SEEDS}, 1.48 if stops else 2.0)
+    found = found.assign(growth=growth, theory=("variant", [1.48]))
+    (told,) = verdicts(why_robust.judge_depth(found))
+    assert told == ("supported" if stops else "not supported")
+    assert why_robust.deepest(accuracy.isel(variant=0)).max() == (20 if stops else 80)
