@@ -105,7 +105,7 @@ BN = "BN"
 ADAM_RATE = 0.003
 MOST_LAYERS = 1000
 # Of the time that all controls take together.
-SHARES = {"frozen": 13, "detached": 18, "evaluation": 10, "norms": 10, "dip": 25, "rates": 12, "depth": 14}
+SHARES = {"frozen": 13, "detached": 22, "evaluation": 10, "norms": 8, "dip": 36, "rates": 4, "depth": 7}
 
 
 class Setup(NamedTuple):

@@ -83,7 +83,7 @@ class TestMain:
             "depth": 1,
             "init_scale": 10,
             "seed": 2,
-            "layer": 3,
+            "layer": depth + 1,
         }
         assert sizes.items() <= dict(results.sizes).items()
         # The slopes over 7 decades and more, by numpy and from what is stored.
@@ -105,19 +105,20 @@ class TestMain:
             found = np.polyfit(np.log10(values.init_scale), logs, 1)[0]
             np.testing.assert_allclose(found, power, atol=0.02)
         assert "With BN, no: over 7.0 decades" in printed
+        assert ("without BN" in printed) == ("none" in norms)
         assert results.attrs["thresholds"]["relu"] == pytest.approx(np.sqrt(1e-5 / (1 - 1 / np.pi)), rel=1e-4)
         assert results.training_gradient_norm.sizes["probe_step"] == 2
 
     @pytest.mark.slow
     def test_of_what_has_no_power_law(self, main, capsys):
         """Sigmoid at 1e7: all of some 1000 units are saturated, and the gradient is exactly 0."""
-        folder = main(**TINY, activations="sigmoid,tanh", loss="cross_entropy")
+        folder = main(**TINY, activations="sigmoid", loss="cross_entropy")
         results = bnjax.load_results(folder / "results.zarr")
         first = results.weight_gradient.sel(norm="none", layer="hidden_0")
         assert (first.sel(init_scale=1e7, method="nearest") == 0).all()
         printed = capsys.readouterr().out
         assert re.search(r"sigmoid without BN, 2 layers.*: no single power.*exactly 0 from", printed)
-        assert "tanh, BN" in printed
+        assert "sigmoid, BN" in printed
 
     @pytest.mark.slow
     def test_with_one_norm(self, main, capsys):
@@ -125,8 +126,6 @@ class TestMain:
         printed = capsys.readouterr().out
         assert "With BN" not in printed
         assert "linear without BN, 2 layers" in printed
-        main(**TINY, activations="linear", norms="batch")
-        assert "without BN" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

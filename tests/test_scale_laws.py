@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import scripts
+import xarray as xr
 
 import bnjax
 from experiments.scaling import fixed_epsilon, laws, networks, trajectories
@@ -282,6 +283,41 @@ class TestFixedEpsilon:
         response = self.response(activation, 0.1, [0.05, 2.0])
         assert (response.exact_error < 1e-12).all()
         assert (response.first_order_error[0] > 1).all()
+        assert response.crossed_at_epsilon[0] > 0
+
+    def test_no_crossing_at_a_small_change(self):
+        response = self.response("relu", 1e-6, [1.1])
+        assert response.crossed_at_epsilon == 0
+        assert (response.first_order_error < 1e-4).all()
+
+    @pytest.mark.parametrize(
+        ("activation", "missed", "words"),
+        [
+            (
+                "relu",
+                0.9,
+                "does not predict relu's gradients once samples cross the kink: at epsilon 0.1, a = 2 (7 ",
+            ),
+            ("relu", 0.02, "misses 1.0e-05 .. 2.0e-02 of a change"),  # as much as the second order would
+            ("tanh", 0.9, "misses 1.0e-05 .. 9.0e-01 of a change"),
+        ],
+    )
+    def test_what_is_said_of_the_first_order(self, activation, missed, words):
+        """Two factors; for the second 7 samples cross 0, and of the last W's gradient `missed` is missed."""
+        dims = ("fixed_epsilon", "factor_at_epsilon", "predicted")
+        changes = np.broadcast_to(np.float64([1e-4, 1e-2])[:, None], (1, 2, 3))
+        found = {"measured": 2 * changes, "first_order": changes, "exact_error": 1e-12 * changes}
+        found["first_order_error"] = np.float64([[[1e-5] * 3, [1e-3, 1e-3, missed]]])
+        coords = {"fixed_epsilon": [0.1], "factor_at_epsilon": [3.0, 2.0]}
+        coords["predicted"] = np.array(fixed_epsilon.PREDICTED, object)
+        results = xr.Dataset({name: (dims, values) for name, values in found.items()}, coords)
+        results["crossed_at_epsilon"] = (dims[:2], [[0, 7]])
+        said = scale_laws.prediction(results, activation)
+        assert words in said
+        assert said.endswith("f(W, epsilon / a^2) misses at most 1.0e-14 of a change, for all a.")
+        if "does not" in words:
+            assert "the gradient to the last W changes by 2.0e-02, not 1.0e-02. Where none" in said
+            assert "at most 1.0e-05 of a change" in said
 
     @pytest.mark.parametrize("activation", ["relu", pytest.param("tanh", marks=pytest.mark.slow)])
     def test_inner_products(self, activation):
@@ -295,26 +331,24 @@ class TestFixedEpsilon:
 
 
 class TestMain:
-    @pytest.mark.parametrize("depth", [1, pytest.param(2, marks=pytest.mark.slow)])
-    def test_main(self, tmp_path, capsys, depth):
-        scripts.run("scale_laws", out=str(tmp_path), **(TINY | {"depth": depth}))
+    @pytest.mark.slow
+    def test_main(self, tmp_path, capsys):
+        scripts.run("scale_laws", out=str(tmp_path), **TINY)
         printed = capsys.readouterr().out
         results = bnjax.load_results(tmp_path / "results.zarr")
-        sets = 3 if depth == 2 else 1
-        assert dict(results.power_of_two.sizes) == {"epsilon": 2, "scaled": sets, "law": 4, "exponent": 5}
+        # Of each of two layers, and of both.
+        assert dict(results.power_of_two.sizes) == {"epsilon": 2, "scaled": 3, "law": 4, "exponent": 5}
         assert (results.power_of_two == 0).all()
         trajectory = results.trajectory_power_of_two
         assert ((trajectory == 0) | trajectory.isnull()).all()
         assert results.trajectory.sizes["step"] == 24
         count = int(re.search(r"all ([\d,]+) deviations are exactly 0", printed)[1].replace(",", ""))
-        assert count == 2 * sets * 4 * 5 + (sets + 1) * 2 * results.sizes["sampled_exponent"]
+        assert count == 2 * 3 * 4 * 5 + (3 + 1) * 2 * results.sizes["sampled_exponent"]
         assert (tmp_path / "scale_laws.png").stat().st_size > 20_000
         assert str(tmp_path / "scale_laws.png") in printed
         found = results.attrs["answer"]
-        assert set(found) == {
-            "inner product at epsilon 0.1",
-            *("fixed epsilon", "without BN", "rounding", "training", "powers of two"),
-        }
+        subjects = {"fixed epsilon", "without BN", "rounding", "training", "powers of two"}
+        assert set(found) == subjects | {"inner product at epsilon 0.1"}
         assert all(sentence in printed for sentence in found.values())
         assert laws.broken(results) == []
         results.trajectory_power_of_two[1, 0, 1, 2] = 1e-9

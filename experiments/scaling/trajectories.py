@@ -168,9 +168,8 @@ def growth_of(at: xr.Dataset, kinked: bool) -> tuple[Growth, int | None]:
     """Of a row of `rounded`, while below 1e-2 and, if kinked, before a sample crosses; and at which index one does."""
     crossed = at.trajectory_crossed.values.any(0) & kinked
     ended = (at.trajectory.values > 1e-2).any(0) | crossed
-    return growth(at.trajectory.values, ended, at.step.values), int(
-        np.argmax(crossed)
-    ) if crossed.any() else None
+    fit = growth(at.trajectory.values, ended, at.step.values)
+    return fit, int(np.argmax(crossed)) if crossed.any() else None
 
 
 def each_decay(train: Callable, p: Problem, names, epsilon, factors, learning_rate, recorded) -> Trajectories:
@@ -182,16 +181,16 @@ def each_decay(train: Callable, p: Problem, names, epsilon, factors, learning_ra
     return Trajectories(*map(np.array, zip(*found, strict=True)))
 
 
-def bitwise(train: Callable, p: Problem, which: str, epsilon: float, K: int, rate: float, steps: int):
+def bitwise(
+    train: Callable, p: Problem, which: str, epsilon: float, K: int, rate: float, steps: int
+) -> xr.Dataset:
     """The largest deviation along the trajectories of one of `scaled_sets`, for ten a = 2^k up to |k| = K."""
     exponents = np.unique([sign * k for k in (1, K // 4, K // 2, 3 * K // 4, K) for sign in (-1, 1) if k])
     names = scaled_sets(len(p.params) - 1)[which]
     found = each_decay(train, p, names, epsilon, 2.0**exponents, rate, np.unique([1, steps]))
     coords = {"decay": labels(DECAYS), "sampled_exponent": exponents}
-    largest = xr.Dataset(
-        {"trajectory_power_of_two": (("decay", "sampled_exponent"), found.deviation.max(2))}, coords
-    )
-    return largest.expand_dims(epsilon=[epsilon], scaled=labels([which]))
+    largest = {"trajectory_power_of_two": (("decay", "sampled_exponent"), found.deviation.max(2))}
+    return xr.Dataset(largest, coords).expand_dims(epsilon=[epsilon], scaled=labels([which]))
 
 
 def without_norm(train: Callable, p: Problem, rate: float, steps: int) -> xr.Dataset:
