@@ -105,11 +105,6 @@ def measurements(factors: Sequence[float], epsilons: Sequence[float]) -> list[Ca
     return jobs
 
 
-def clean(at: xr.Dataset) -> xr.DataArray:
-    """The deviations for other a, but for those where a sample crossed a kink."""
-    return at.other if FLAGS.activation not in laws.KINKED else at.other.where(at.crossed == 0)
-
-
 def powers_table(results: xr.Dataset) -> Table:
     """With BN and without: what grows with which power of a."""
     title = "W -> a W in one hidden layer: the power of a in a norm, a from 1/8 to 8, least .. greatest"
@@ -121,17 +116,17 @@ def powers_table(results: xr.Dataset) -> Table:
     return table
 
 
-def epsilon_table(results: xr.Dataset, factors: Sequence[float]) -> Table:
+def epsilon_table(results: xr.Dataset) -> Table:
     """Predicted against measured, at a fixed epsilon."""
     title = "W -> a W in all layers at a FIXED epsilon, float64: relative change, measured (to first order in epsilon)"
     missed = "missed by f(W, epsilon / a^2)", "missed to first order"
     table = make_table(title, "epsilon", "a", *fixed_epsilon.PREDICTED, *missed)
-    for value, a in itertools.product(results.fixed_epsilon.values, factors):
+    for value, a in itertools.product(results.fixed_epsilon.values, results.factor.values):
         at = results.sel(fixed_epsilon=value, factor_at_epsilon=a)
         pairs = zip(at.measured.values, at.first_order.values, strict=True)
         changes = (f"{number(measured)} ({number(linear)})" for measured, linear in pairs)
         errors = number(at.exact_error.max()), span(at.first_order_error, "{:.0e}".format)
-        table.add_row(f"{value:g}", f"{a:.4g}", *changes, *errors, end_section=a == factors[-1])
+        table.add_row(f"{value:g}", f"{a:.4g}", *changes, *errors, end_section=a == results.factor[-1])
     return table
 
 
@@ -166,8 +161,9 @@ def laws_table(results: xr.Dataset) -> Table:
     for value, law in itertools.product(of_value, laws.LAWS):
         at = results.sel(epsilon=value, law=law)
         exact = number(at.power_of_two.max()), measured_range(at.power_of_two, "exponent")
-        across = at.other.where(at.other != clean(at))
-        rounded = span(clean(at).max()), number(ROUNDINGS * at.rounding), span(across.max())
+        uncrossed = laws.uncrossed(at, FLAGS.activation)
+        across = at.other.where(at.other != uncrossed)
+        rounded = span(uncrossed.max()), number(ROUNDINGS * at.rounding), span(across.max())
         without = "" if value else span(bare.without.sel(law=law))
         table.add_row(law, of_value[value], *exact, *rounded, without, end_section=law == laws.LAWS[-1])
     for decay, value in itertools.product(results.decay.values, of_value):
@@ -191,6 +187,7 @@ def prediction(results: xr.Dataset, activation: str) -> str:
     Where samples cross a kink: shown by the case with the least change expected, and its worst gradient.
     """
     exact = f"f(W, epsilon / a^2) misses at most {number(results.exact_error.max())} of a change, for all a."
+    error = results.first_order_error
     crossed = (results.crossed_at_epsilon > 0) & (activation in laws.KINKED)
     if crossed.any():
         case = results.isel(results.first_order.max("predicted").where(crossed).argmin(...))
@@ -202,16 +199,14 @@ def prediction(results: xr.Dataset, activation: str) -> str:
                 f"at epsilon {case.fixed_epsilon:g}, a = {case.factor_at_epsilon:.3g} ({case.crossed_at_epsilon:.0f} "
                 f"crossed) the {case.predicted.item()} changes by {number(case.measured)}, not "
                 f"{number(case.first_order)}. Where none crosses it misses at most "
-                f"{span(results.first_order_error.where(~crossed).max())} of a change; {exact}"
+                f"{span(error.where(~crossed).max())} of a change; {exact}"
             )
-    return (
-        f"First order in epsilon misses {span(results.first_order_error)} of a change, by its size; {exact}"
-    )
+    return f"First order in epsilon misses {span(error)} of a change, by its size; {exact}"
 
 
 def answer(results: xr.Dataset) -> dict[str, str]:
     """What was found, in words with its figures: {subject: sentence}."""
-    found, kinked = {}, FLAGS.activation in laws.KINKED
+    found = {}
     for value in results.fixed_epsilon.values:
         sides = results.inner_product.sel(fixed_epsilon=value).values
         size, apart = np.abs(sides[0]).max(), np.abs(sides[1:] - sides[0]).max()
@@ -223,18 +218,21 @@ def answer(results: xr.Dataset) -> dict[str, str]:
     powers = results.power.sel(activation=FLAGS.activation, grows=laws.POWERS[-1])
     with_norm, without = (power(powers.sel(norm=norm)) for norm in NORMS)
     found["without BN"] = (
-        f"W -> a W in all hidden layers multiplies the gradients to W by a^p: with BN p = {with_norm}, "
-        f"without p = {without} ({FLAGS.activation})."
+        f"W -> a W in all hidden layers multiplies the gradients to W by a^p: with BN p = {with_norm}"
     )
+    found["without BN"] += f", without p = {without} ({FLAGS.activation})."
+    ratio = float((laws.uncrossed(results, FLAGS.activation) / results.rounding).max())
+    where = " (where no sample crosses the kink)" if FLAGS.activation in laws.KINKED else ""
     found["rounding"] = (
-        f"For other a, one step is off by at most {float((clean(results) / results.rounding).max()):.2g} times what "
-        f"one float32 evaluation rounds{' (where no sample crosses the kink)' if kinked else ''}."
+        f"For other a, one step is off by at most {ratio:.2g} times what one float32 evaluation "
     )
+    found["rounding"] += f"rounds{where}."
     ends = results.trajectory.isel(step=[0, -1]).max("factor")
     found["training"] = f"Training amplifies it, from step 1 to {FLAGS.steps}: " + "; ".join(
         f"{name}, decay {decay}: {' to '.join(map(number, ends.sel(trained=name, decay=decay)))}"
         for name, decay in itertools.product(results.trained.values, results.decay.values)
     )
+    found["training"] += "."
     count = sum(int(results[name].notnull().sum()) for name in laws.EXACT)
     wrong = laws.broken(results)
     found["powers of two"] = (
@@ -284,13 +282,8 @@ def main(argv: list[str]) -> None:
     }
     store.save(results, folder / common.RESULTS, overwrite=True)
     draw(results, folder / "scale_laws.png")
-    for table in (
-        powers_table(results),
-        epsilon_table(results, factors),
-        growth_table(results),
-        laws_table(results),
-    ):
-        common.console().print(table)
+    for table in powers_table, epsilon_table, growth_table, laws_table:
+        common.console().print(table(results))
     print(*results.attrs["answer"].values(), sep="\n")
     print(f"Figure: {folder / 'scale_laws.png'}. All measurements: {folder / common.RESULTS}")
     if not np.isfinite(results.trajectory_norm).all():

@@ -199,13 +199,14 @@ def first_step(
     learning_rate: float,
     seeds: list[int],
     scales: list[float],
+    ranks: bool = True,
 ) -> xr.Dataset:
     """What one step of SGD does to each hidden weight matrix, in float64.
 
     Returns:
       Data set of dimensions (model, init_scale, seed, layer): norm_before |W_0|, first_gradient_norm |g|, norm_after
-      |W_1| of W_1 = W_0 - learning_rate g, radial_cosine of the angle between W_0 and g, and the stable ranks
-      rank_before of W_0 and rank_after of W_1.
+      |W_1| of W_1 = W_0 - learning_rate g, radial_cosine of the angle between W_0 and g, and with `ranks` the
+      stable ranks rank_before of W_0 and rank_after of W_1.
     """
     layers = []
 
@@ -217,8 +218,11 @@ def first_step(
             "first_gradient_norm": norms[1],
             "norm_after": norms[2],
             "radial_cosine": (before / norms[0] * gradient / norms[1]).sum(),
-            "rank_before": probes.stable_rank(before),
-            "rank_after": probes.stable_rank(after),
+            **(
+                {"rank_before": probes.stable_rank(before), "rank_after": probes.stable_rank(after)}
+                if ranks
+                else {}
+            ),
         }
 
     def measure(model, seed, scale, ds):
@@ -423,7 +427,7 @@ def measure_detached(setup: Setup) -> xr.Dataset:
     )
     axes = rates_and_scales(setup, "detached_rates")
     results = run(setup, models, setup.images, setup.config, axes, probe=probe)
-    start = first_step(models, setup.images, setup.config.batch_size, 0.1, setup.seeds, [1.0])
+    start = first_step(models, setup.images, setup.config.batch_size, 0.1, setup.seeds, [1.0], ranks=False)
     return results.assign(first_radial_cosine=hidden(start.radial_cosine).isel(init_scale=0, drop=True))
 
 
@@ -1373,7 +1377,7 @@ def draw_depth(results: xr.Dataset):
             f"learning rate {number(float(r))}": one.sel(learning_rate=r) for r in one.learning_rate.values
         }
         scale = mean_field.depth_scale(float(results.theory.sel(variant=variant)))
-        marks = {f"{k} depth scales": k * scale for k in (1, 6, 12)} if math.isfinite(scale) else {}
+        marks = {f"{k} depth scales": k * scale for k in (2, 6, 12)} if math.isfinite(scale) else {}
         shown.append(
             plots.Panel(
                 str(variant),

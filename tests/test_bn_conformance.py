@@ -155,6 +155,7 @@ def test_errors_as_text():
     assert [cases.number(v) for v in values] == ["3e-7", "0", "4", "4e-2", "1e0", "NaN", "Inf"]
 
 
+@pytest.mark.slow
 def test_whole_run_for_bnjax(main, tmp_path, capsys):
     """Every row passes; the table goes to the folder, and to a page, the same both times."""
     page = tmp_path / "page.md"

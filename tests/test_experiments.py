@@ -82,6 +82,7 @@ class TestJacobianCheck:
         assert all(float(double) < 1e-13 and float(single) < 1e-5 for double, single in errors)
         assert (folder / "jacobian.png").stat().st_size > 10_000
 
+    @pytest.mark.slow
     def test_a_wrong_closed_form_is_found(self, main, monkeypatch):
         right = batch_norm.standardize
 

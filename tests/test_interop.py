@@ -564,6 +564,7 @@ def train(net, variables, x, y, steps):
     return {"params": params, "batch_stats": batch_stats}, np.array(values)
 
 
+@pytest.mark.slow
 def test_training_a_network_with_one_class_replaced(x64, blobs):
     """Same names, same initialization, and the same course of training, in float64 where rounding does not grow."""
     x, y = blobs.train_x.astype(np.float64), blobs.train_y

@@ -189,6 +189,7 @@ def test_block(activation, masked):
     assert (off == 0).all()
 
 
+@pytest.mark.slow
 def test_block_far_from_zero():
     """Against float64 by its own centring: 1e4 standard deviations from zero, to float32's rounding."""
     x = (1e4 + np.random.default_rng(0).normal(size=(32, 4))).astype(np.float32)
@@ -200,6 +201,7 @@ def test_block_far_from_zero():
         assert np.abs(np.asarray(f) - np.asarray(e)).max() < 1e-6 * np.abs(np.asarray(e)).max()
 
 
+@pytest.mark.slow
 def test_block_under_scaled_weights():
     """At epsilon 0 and a = 4, exactly: the derivative to x stays, that to W is divided by a."""
     x, kernel = (np.random.default_rng(s).normal(size=(5, 5)).astype(np.float32) for s in (0, 1))

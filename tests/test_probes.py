@@ -448,6 +448,7 @@ class TestProbesOfRuns:
         plain = jax.jit(probes.weights(model, (12,)).measure)(snapshot)
         assert {*plain} == {*found} - {"gradient_norm"}
 
+    @pytest.mark.slow
     def test_another_loss(self, blobs):
         model = bnjax.mlp((6,), 4)
         state = model.init(jax.random.key(0), (12,), 1.0)
@@ -493,6 +494,7 @@ class TestAUsersModel:
 
         return bnjax.Model(cls.init, apply, cls.layers)
 
+    @pytest.mark.slow
     def test_probes(self):
         model = self.model()
         params, stats = model.init(jax.random.key(0), (5, 5, 2), 1.0)
@@ -654,6 +656,7 @@ class TestFlax:
             falls = name in ("Dense_0", "Dense_1")
             np.testing.assert_allclose(norms[1][name] / norms[0][name], 1 / 8 if falls else 1, rtol=1e-3)
 
+    @pytest.mark.slow
     def test_names_of_nested_and_repeated_modules(self):
         model = to_from_flax.model_from_flax(Nested(), arguments=lambda train: {}, scaled=["block"])
         x = jax.random.normal(jax.random.key(0), (6, 5))

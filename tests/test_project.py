@@ -207,3 +207,19 @@ def test_readme_table_is_the_stored_result(activation, network, threshold, cell)
         )
 
     assert cell == f"{text(found.range)} [{text(found.interval[0])}, {text(found.interval[1])}]"
+
+
+def answer_figures():
+    """(figure, what the commands of its sentence printed) for each bold text with a digit in docs/answer.md."""
+    page = (ROOT / "docs" / "answer.md").read_text()
+    for block in re.split(r"\n\n|\n(?=\d+\. |\| |- )", page):
+        files = re.findall(r"\((results/\w+\.txt)\)", block)
+        printed = " ".join(" ".join((ROOT / "docs" / file).read_text().split()) for file in files)
+        for figure in re.findall(r"\*\*(.+?)\*\*", block, re.DOTALL):
+            if re.search(r"\d", figure):
+                yield " ".join(figure.split()), printed
+
+
+@pytest.mark.parametrize(("figure", "printed"), list(answer_figures()), ids=lambda text: text[:30])
+def test_figures_of_the_answer_were_printed_by_its_commands(figure, printed):
+    assert figure in printed

@@ -41,19 +41,13 @@ def a_trainer(norm="batch"):
 
 class TestPowersOfTwo:
     @pytest.mark.parametrize("epsilon", [0.0, 0.1])
-    def test_bitwise_for_every_exponent(self, epsilon):
-        run = a_program("relu", epsilon)
-        found, crossed = laws.measure_laws(run, a_problem(), epsilon, [2.0**k for k in ALL_EXPONENTS])
-        assert found.shape == (DEPTH + 1, 4, 121)  # each layer, and all
+    @pytest.mark.parametrize("activation", ["relu", "tanh"])
+    def test_bitwise(self, activation, epsilon):
+        run = a_program(activation, epsilon)
+        found, crossed = laws.measure_laws(run, a_problem(), epsilon, [2.0**k for k in SOME_EXPONENTS])
+        assert found.shape == (DEPTH + 1, 4, 6)  # each layer, and all
         assert (found == 0).all()
         assert (crossed == 0).all()
-
-    @pytest.mark.parametrize("epsilon", [0.0, 0.1])
-    @pytest.mark.parametrize("activation", ["sigmoid", "tanh"])
-    def test_bitwise_for_other_activations(self, activation, epsilon):
-        run = a_program(activation, epsilon)
-        found, _ = laws.measure_laws(run, a_problem(), epsilon, [2.0**k for k in SOME_EXPONENTS])
-        assert (found == 0).all()
 
     @pytest.mark.slow
     @pytest.mark.parametrize("epsilon", [0.0, 0.1])
@@ -165,7 +159,7 @@ class TestNetwork:
 class TestTrajectories:
     STEPS = (1, 2, 30)
 
-    @pytest.mark.parametrize("decay", [0.0, 0.02])
+    @pytest.mark.parametrize("decay", [pytest.param(0.0, marks=pytest.mark.slow), 0.02])
     def test_bitwise(self, decay):
         """With momentum, for all layers and for each alone; |W| must have moved, else nothing is tested."""
         train, p = a_trainer(), a_problem()
@@ -283,8 +277,10 @@ class TestFixedEpsilon:
         response = self.response(activation, 0.1, [0.05, 2.0])
         assert (response.exact_error < 1e-12).all()
         assert (response.first_order_error[0] > 1).all()
-        assert response.crossed_at_epsilon[0] > 0
+        # A sigmoid is above 0 everywhere.
+        assert (response.crossed_at_epsilon[0] > 0) == (activation == "relu")
 
+    @pytest.mark.slow
     def test_no_crossing_at_a_small_change(self):
         response = self.response("relu", 1e-6, [1.1])
         assert response.crossed_at_epsilon == 0

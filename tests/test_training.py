@@ -223,6 +223,7 @@ class TestDivergence:
         assert history.diverged
         assert history.diverged_step == 3  # 1e40 is the fourth power
 
+    @pytest.mark.slow
     def test_at_the_first_step(self, blobs):
         history = run(blobs, bnjax.Hyperparams(init_scale=1e30), self.model)
         assert history.diverged
@@ -239,6 +240,7 @@ class TestDivergence:
         assert history.test_loss == untrained.test_loss
         assert history.train_loss < 100
 
+    @pytest.mark.slow
     def test_a_run_that_does_not_diverge_is_not_touched(self, blobs):
         assert not run(blobs, bnjax.Hyperparams(init_scale=1e4)).diverged
 
@@ -300,6 +302,7 @@ def test_hyperparameters_are_traced_and_recompile_nothing(blobs):
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_runs_with_x64_on(blobs, optimizer):
     """Hyperparameters that are float64 and int64 arrays widen nothing."""
     hyper = jax.tree.map(jnp.asarray, bnjax.Hyperparams(learning_rate=0.01))

@@ -180,6 +180,11 @@ def contrast(runs: Mapping[str, Callable], p: Problem, activation: str) -> xr.Da
     return xr.Dataset(found, coords).expand_dims(activation=labels([activation]))
 
 
+def uncrossed(at: xr.Dataset, activation: str) -> xr.DataArray:
+    """The deviations for other a, but for those where a sample crossed a kink of the activation."""
+    return at.other if activation not in KINKED else at.other.where(at.crossed == 0)
+
+
 def broken(results: xr.Dataset) -> list[str]:
     """Which of EXACT are not 0 for some a = 2^k, and where first."""
     found = []
