@@ -104,11 +104,14 @@ def weights(
       loss: of outputs [N, K] and labels [N], a scalar; by default the mean cross-entropy.
 
     Raises:
-      ValueError: for a `batch_size` below 1; when it measures, for one above the number of training examples.
+      ValueError: for a model without weight matrices, or a `batch_size` below 1; when it measures, for one above the
+        number of training examples.
     """
     _check_batch_size(batch_size)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tuple(input_shape), 1.0))
     names = tuple(kernels(*shapes))
+    if not names:
+        raise ValueError("the model has no weight matrices: arrays of rank 2 and above")
 
     def measure(snapshot: Snapshot):
         state = (snapshot.params, snapshot.batch_stats)
@@ -232,9 +235,8 @@ def signals(
         return _mean(x), spread(x), dead, stable_rank(_centred(x))
 
     found = {}
-    for names in _by_shape(
-        shown
-    ):  # one program for all of a shape: a deep network compiles in a fraction of the time
+    # One program for all of a shape: a deep network compiles in a fraction of the time.
+    for names in _by_shape(shown):
         described = jax.vmap(describe)(jnp.stack([shown[name] for name in names]))
         for i, name in enumerate(names):
             mean, spread_, dead, rank = (values[i] for values in described)
@@ -450,7 +452,7 @@ def angle(a: jax.Array, b: jax.Array) -> jax.Array:
     """The angle between two arrays as vectors, in degrees: 2 atan2(|a' - b'|, |a' + b'|) of their unit vectors.
 
     Right for small angles, too, where the arc cosine has half the digits (Kahan 2006, "How futile are mindless
-    assessments of roundoff in floating-point computation?", section 12).
+    assessments of roundoff in floating-point computation?", section 12). NaN if one of them is 0.
     """
     a, b = a / _norm(a), b / _norm(b)
     return jnp.degrees(2 * jnp.arctan2(_norm(a - b), _norm(a + b)))

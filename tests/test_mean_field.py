@@ -422,7 +422,7 @@ class TestBadInput:
     def test_others(self):
         with pytest.raises(ValueError, match="epsilon must be above 0: at epsilon 0 there is no threshold"):
             mean_field.epsilon_threshold("relu", 0.0)
-        for depth in (0, 1.5):
+        for depth in (0, 1.5, math.inf, math.nan):
             with pytest.raises(ValueError, match=f"depth must be an integer >= 1, got {depth}"):
                 mean_field.signal_by_layer("relu", depth)
         with pytest.raises(ValueError, match=r"bias_std must be >= 0 and finite, got -0\.1"):

@@ -377,6 +377,11 @@ class TestErrors:
         with pytest.raises(ValueError, match=words):
             probes.signals(model, params, stats, jnp.zeros(shape))
 
+    def test_without_weights(self):
+        model = bnjax.Model(lambda *_: ({}, {}), lambda *_, **__: None)
+        with pytest.raises(ValueError, match="no weight matrices"):
+            probes.weights(model, (12,))
+
     def test_batch_sizes(self, blobs):
         model, *_ = network()
         with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):

@@ -205,7 +205,7 @@ def signal_by_layer(
       ValueError: as `gradient_growth`, and for a depth below 1.
     """
     B = _check(batch_size, epsilon, weight_std, start)
-    if depth != int(depth) or depth < 1:
+    if not math.isfinite(depth) or depth != int(depth) or depth < 1:
         raise ValueError(f"depth must be an integer >= 1, got {depth}")
     psi = _function(activation, B, scale, bias)
     V = float(weight_std**2 if start is None else start)
@@ -330,8 +330,8 @@ def order_chaos(activation: Activation, weight_std: Real, bias_std: Real = 0.0) 
     elif at_1 <= 1 + near:
         correlation, chi_c = 1.0, at_1
     else:
-        low, high = 0.0, 1.0
-        while high - low > 1e-12 and abs(correlate(0.0)[0]) > 1e-12:
+        low, high = 0.0, 1.0 if abs(correlate(0.0)[0]) > 1e-12 else 0.0
+        while high - low > 1e-12:
             middle = (low + high) / 2
             low, high = (middle, high) if correlate(middle)[0] > middle else (low, middle)
         correlation = low
@@ -813,7 +813,7 @@ def _check(batch_size, epsilon, weight_std, start):
         raise ValueError(f"batch_size must be at most 1e9, got {batch_size}; None is an infinite batch")
     if batch_size <= 3:
         raise ValueError(
-            f"batch_size must be at least 4, got {batch_size}: at 3 or below the expected squared gradient is infinite "
-            "(Theorem 8 of Yang et al. 2019 needs B >= 4)"
+            f"batch_size must be at least 4, got {batch_size}: at 3 or below and epsilon 0 the expected squared "
+            "gradient is infinite (Theorem 8 of Yang et al. 2019 needs B >= 4)"
         )
     return int(batch_size)
