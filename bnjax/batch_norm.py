@@ -140,7 +140,8 @@ def apply(
         agrees with training; the unbiased ones estimate the variance of the population, and are PyTorch's.
       detach: which of the batch statistics, "mean" and "var", are constants to the derivative: what is left
         of the Jacobian is `(scale / sigma) (I - [1 1^T / N] - [x_hat x_hat^T / N])` without the first bracket, the
-        second or both. For asking what the derivative through the statistics is good for.
+        second or both. For asking what the derivative through the statistics is good for: first derivatives
+        only, and none with respect to epsilon.
 
     Returns:
       y, of the shape and dtype of x, and the updated statistics. In evaluation they are returned unchanged.

@@ -101,7 +101,8 @@ def make_train(
     """Returns `train(hyper, ds) -> History`, pure; see the top of this module.
 
     With a `probe` it is `train(hyper, ds) -> (History, {quantity: [1 + E, ...]})`: what the probe measured before
-    the first step and at each of the E evaluations. It sees the run and changes nothing in it.
+    the first step and at each of the E evaluations. It sees the run and changes nothing in it; but the program is
+    another, so that with a probe and without the last bits may differ.
 
     `train` raises ValueError (when traced) if the batch is larger than the training split, or labels and
     examples differ in number.
@@ -132,7 +133,8 @@ def make_train(
         def probed(params, batch_stats):
             if probe is None:
                 return {}
-            return dict(probe.measure(Snapshot(params, batch_stats, *initial, ds, hyper)))
+            measured = probe.measure(Snapshot(params, batch_stats, *initial, ds, hyper))
+            return {name: jnp.asarray(value) for name, value in measured.items()}
 
         def loss_fn(params, batch_stats, x, y):
             logits, batch_stats = model.apply(params, batch_stats, x, train=True)

@@ -3,7 +3,7 @@
 Axis letters, here and everywhere: N batch, C features, E evaluations, K classes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -119,7 +119,7 @@ class Probe(NamedTuple):
     """What is measured before the first step of a run and at each of its evaluations."""
 
     measure: Callable[[Snapshot], Mapping[str, jax.Array]]  # {quantity: [] or [layers]}, float32
-    layers: tuple[str, ...] = ()  # the names of the layers
+    layers: Sequence[str] = ()  # their names
 
 
 class History(NamedTuple):

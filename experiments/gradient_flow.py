@@ -34,7 +34,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import bnjax
-from bnjax import activations, batch_norm, choices, plots, probes
+from bnjax import activations, batch_norm, choices, probes
 from bnjax.models import mlp
 from bnjax.sweeps import grid, store
 from bnjax.theory import mean_field
@@ -64,6 +64,7 @@ SCRIPT = "gradient_flow"
 NORM_NAMES = {"batch": "BN", "none": "no BN"}
 HOMOGENEOUS = ("relu", "leaky_relu", "linear")  # phi(a z) = a phi(z)
 ABOVE = 30  # times the threshold: where the fit begins
+FLAT = 0.05  # the largest slope that counts as 0, and the largest distance from a power law
 AXES = ("activation", "norm", "depth")
 PARTS = ("preactivation", "norm", "activation")
 SMALL, MIDDLE, LARGE = 1e-2, 3, 1e2  # slopes without BN are up to SMALL, and from MIDDLE to LARGE
@@ -274,6 +275,11 @@ class Fit(NamedTuple):
     error: float  # the largest distance of a seed's slope from the theory; NaN if there is none
 
 
+def has_law(names: Mapping[str, Any]) -> bool:
+    """Whether `theory` holds: with BN outputs stay, whatever the loss; without, it must be linear in them."""
+    return names["norm"] == "batch" or (names["activation"] in HOMOGENEOUS and FLAGS.loss == "cotangent")
+
+
 def in_range(results: xr.Dataset, names: Mapping[str, Any]) -> xr.Dataset:
     """One network's hidden layers; NaN at scales at which a signal leaves float32's range."""
     one = results.sel(names).isel(layer=slice(0, int(names["depth"])))
@@ -286,8 +292,7 @@ def fit(results: xr.Dataset, names: Mapping[str, Any], quantity: str, scales: np
     found = slopes(one[f"{quantity}_gradient"])
     depth = int(names["depth"])
     expected = [theory(names["norm"], quantity, i, depth) for i in range(depth)]
-    known = names["norm"] == "batch" or names["activation"] in HOMOGENEOUS
-    error = float(abs(found - xr.DataArray(expected, dims="layer")).max()) if known else math.nan
+    error = float(abs(found - xr.DataArray(expected, dims="layer")).max()) if has_law(names) else math.nan
     means = found.mean("seed")
     return Fit(float(means.min()), float(means.max()), float(found.std("seed").max()), error)
 
@@ -307,7 +312,7 @@ def main(argv: list[str]) -> None:
     merged = xr.merge([results, signals, training_part(trained)], compat="no_conflicts", join="outer")
     merged.attrs = description(job)
     store.save(merged, folder / common.RESULTS, overwrite=True)
-    figures(results, job, folder)
+    paths = figures(results, job, folder)
     console = common.console()
     console.print(signals_table(signals))
     console.print(layers_table(results, signals, job))
@@ -316,13 +321,15 @@ def main(argv: list[str]) -> None:
     if "none" in FLAGS.norms:
         console.print(unnormalized_table(results, job))
     print(answer(results, job))
-    print(f"figures:  {folder / 'layers.png'}, {folder / 'scales.png'}")
+    print(f"figures:  {', '.join(map(str, paths))}")
     print(f"results:  {folder / common.RESULTS}   (bnjax.load_results opens it)")
 
 
 def prepare(argv: list[str], folder: Path) -> Job:
     """The job, after every check that can be made before any work."""
     common.check_arguments(argv)
+    from bnjax import plots  # noqa: F401  before any work is done
+
     for flag in ("activations", "norms", "depths", "steps"):
         values = FLAGS[flag].value
         if not values or len({*values}) < len(values):
@@ -420,8 +427,10 @@ def training_part(trained: xr.Dataset) -> xr.Dataset:
     return trained.rename(names | {k: v for k, v in dims.items() if k in trained.dims}).drop_attrs()
 
 
-def figures(results: xr.Dataset, job: Job, folder: Path) -> None:
-    """The two figures: by layer at the shown scales, and over all scales."""
+def figures(results: xr.Dataset, job: Job, folder: Path) -> list[Path]:
+    """The two figures: by layer at the shown scales, and over all scales unless all gradients there are 0."""
+    from bnjax import plots
+
     first, depth = FLAGS.activations[0], job.depths[-1]
     one = results.sel(activation=first, depth=depth)
     shown = one.sel(init_scale=job.shown).isel(layer=slice(0, depth))
@@ -437,17 +446,24 @@ def figures(results: xr.Dataset, job: Job, folder: Path) -> None:
     ).savefig(folder / "layers.png")
     gradients = results.weight_gradient.sel(depth=depth).isel(layer=slice(0, depth))
     finite = np.isfinite(results.activation_spread.sel(depth=depth).isel(layer=slice(0, depth))).all("layer")
+    gradients = gradients.where(finite)
+    if not (gradients.median("seed", skipna=False).sel(init_scale=slice(1e-4, 1e4)) > 0).any():
+        return [folder / "layers.png"]
     powers = {
-        "batch": (-1, FLAGS.activations),
-        "none": (depth - 1, [a for a in FLAGS.activations if a in HOMOGENEOUS]),
+        norm: (
+            theory(norm, "weight", 0, depth),
+            [a for a in FLAGS.activations if has_law({"activation": a, "norm": norm})],
+        )
+        for norm in FLAGS.norms
     }
     plots.gradient_by_scale(
-        gradients.where(finite),
+        gradients,
         names=NORM_NAMES,
         powers=powers,
         starts={name: ABOVE * value for name, value in job.thresholds.items()},
         title=f"{depth} hidden layers of {FLAGS.hidden_width}, at initialization",
     ).savefig(folder / "scales.png")
+    return [folder / "layers.png", folder / "scales.png"]
 
 
 def combinations(job: Job, norm: str) -> Iterator[dict[str, Any]]:
@@ -471,7 +487,7 @@ def slopes_table(results: xr.Dataset, job: Job) -> Table:
             "Lowest and highest of the hidden layers (means over seeds); in brackets the theory's. Threshold: the "
             f"init_scale where epsilon = {FLAGS.epsilon:g} matters; the fit with BN begins at {ABOVE} times that. "
             "Error: the largest distance from the theory of any layer, quantity and seed; beside it the largest "
-            f"standard deviation over {len(job.seeds)} seeds."
+            f"standard deviation over {len(job.seeds)} seeds. -: a gradient is 0 or not finite at all scales but one."
         ),
         caption_justify="left",
     )
@@ -489,12 +505,18 @@ def slopes_table(results: xr.Dataset, job: Job) -> Table:
     table.add_column("error (seeds' std)", justify="right")
     for names in law_networks(job):
         scales = used_scales(results, job, names)
-        fits = {q: fit(results, names, q, scales) for q in quantities(names["norm"])}
         threshold_text = f"{job.thresholds[names['activation']]:.2g}" if names["norm"] == "batch" else "-"
-        table.add_row(
+        network_texts = (
             f"{names['activation']}, {NORM_NAMES[names['norm']]}",
             str(names["depth"]),
             threshold_text,
+        )
+        if len(scales) < 2:
+            table.add_row(*network_texts, *["-"] * 6)
+            continue
+        fits = {q: fit(results, names, q, scales) for q in quantities(names["norm"])}
+        table.add_row(
+            *network_texts,
             f"{scales[0]:.3g} to {scales[-1]:.3g} ({np.log10(scales[-1] / scales[0]):.1f})",
             *(slope_text(fits.get(q), names, q) for q in ("weight", *PARTS)),
             f"{max(f.error for f in fits.values()):.1e} ({max(f.deviation for f in fits.values()):.0e})",
@@ -504,8 +526,8 @@ def slopes_table(results: xr.Dataset, job: Job) -> Table:
 
 def law_networks(job: Job) -> Iterator[dict[str, Any]]:
     """Those whose gradients are powers of the scale."""
-    yield from combinations(job, "batch")
-    yield from (names for names in combinations(job, "none") if names["activation"] in HOMOGENEOUS)
+    for norm in NORM_NAMES:
+        yield from (names for names in combinations(job, norm) if has_law(names))
 
 
 def quantities(norm: str) -> tuple[str, ...]:
@@ -558,7 +580,7 @@ def unnormalized_table(results: xr.Dataset, job: Job) -> Table:
                 names["activation"],
                 str(names["depth"]),
                 f"hidden_{layer}",
-                *(f"{facts[name]:.2f}" for name in ("small", "large")),
+                *(figure(facts[name]) for name in ("small", "large")),
                 f"{facts['one']:.1e}",
                 f"{facts['largest']:.1e} ({facts['at']:.3g})",
                 *("-" if math.isinf(facts[name]) else f"{facts[name]:.3g}" for name in ("zero", "infinite")),
@@ -706,50 +728,110 @@ def training_table(trained: xr.Dataset, job: Job) -> Table:
     return table
 
 
+def figure(slope: float) -> str:
+    """`1.00`, without the sign of a 0; `-` for NaN."""
+    return "-" if math.isnan(slope) else f"{slope:.2f}".replace("-0.00", "0.00")
+
+
+def grows(lowest: float, highest: float) -> str:
+    """Whether it grows with the scale in all layers (yes), in none (no) or in some, by its slopes."""
+    return "yes" if lowest > FLAT else "no" if highest <= FLAT else "in part"
+
+
 def answer(results: xr.Dataset, job: Job) -> str:
     """In words, with the figures of this run."""
     lines = [
         "Backward, the gradient is multiplied by all the weights that follow: will large ones not make it explode?"
     ]
-    found = [
-        (names, {q: fit(results, names, q, used_scales(results, job, names)) for q in quantities("batch")})
-        for names in combinations(job, "batch")
-    ]
-    if found:
-        scales = [used_scales(results, job, names) for names, _ in found]
-        lowest, highest = max(s[0] for s in scales), min(s[-1] for s in scales)
-
-        def range_text(quantity):
-            low = min(fits[quantity].lowest for _, fits in found)
-            high = max(fits[quantity].highest for _, fits in found)
-            return f"{low:.3f} to {high:.3f}".replace("-0.000", "0.000")
-
-        lines.append(
-            f"With BN, no: over {np.log10(highest / lowest):.1f} decades of init_scale and more, in all networks and "
-            f"layers, the gradient that passes from layer to layer has slope {range_text('activation')}: BN divides by "
-            "what the weights multiply with. The gradient to the weights themselves has slope "
-            f"{range_text('weight')}: it shrinks as they grow."
-        )
-    for names in combinations(job, "none"):
-        facts = unnormalized(results, names, 0)
-        text = f"{names['activation']} without BN, {names['depth']} layers, gradient to the first layer's weights: "
-        if names["activation"] in HOMOGENEOUS:
-            weights = fit(results, names, "weight", used_scales(results, job, names))
-            text += (
-                f"yes, as the power {weights.lowest:.2f} to {weights.highest:.2f} of init_scale in all layers "
-                f"({names['depth'] - 1} other layers are scaled)"
-            )
-            text += (
-                f"; beyond float32 from {facts['infinite']:.3g}." if math.isfinite(facts["infinite"]) else "."
-            )
-        else:
-            text += (
-                f"no single power: slope {facts['small']:.2f} at small scales, {facts['large']:.2f} from {MIDDLE:g} to "
-                f"{LARGE:g}, largest ({facts['largest']:.1e}) at {facts['at']:.3g}"
-            )
-            text += f", exactly 0 from {facts['zero']:.3g}." if math.isfinite(facts["zero"]) else "."
-        lines.append(text)
+    if "batch" in FLAGS.norms:
+        lines += answer_with_norm(results, job)
+    lines += [answer_without_norm(results, job, names) for names in combinations(job, "none")]
     return "\n".join(lines)
+
+
+def answer_with_norm(results: xr.Dataset, job: Job) -> list[str]:
+    """Of all networks with BN together: by scale, and by depth."""
+    scales = [(names, used_scales(results, job, names)) for names in combinations(job, "batch")]
+    scales = [(names, used) for names, used in scales if len(used) > 1]
+    if not scales:
+        return ["With BN there are no 2 scales at which all gradients are finite and not 0: no slope."]
+    decades = min(np.log10(used[-1] / used[0]) for _, used in scales)
+
+    def ends(quantity):
+        fits = [fit(results, names, quantity, used) for names, used in scales]
+        return min(f.lowest for f in fits), max(f.highest for f in fits)
+
+    def text(low, high):
+        return f"{low:.3f} to {high:.3f}".replace("-0.000", "0.000")
+
+    passing, own = ends("activation"), ends("weight")
+    why = ": BN divides by what the weights multiply with" if max(map(abs, passing)) <= FLAT else ""
+    effect = (
+        ": it shrinks as they grow" if own[1] < -FLAT else ": it grows with them" if own[0] > FLAT else ""
+    )
+    lines = [
+        f"With BN, {grows(*passing)}: over {decades:.1f} decades of init_scale and more, in all networks and "
+        f"layers, the gradient that passes from layer to layer has slope {text(*passing)}{why}. The gradient to the "
+        f"weights themselves has slope {text(*own)}{effect}."
+    ]
+    factors = {
+        names["activation"]: growth_per_layer(results, names, used)
+        for names, used in scales
+        if names["depth"] == job.depths[-1] > 1
+    }
+    if factors:
+        growing = all(factor > 1 for factor in factors.values())
+        lines.append(
+            f'That "{grows(*passing)}" is about init_scale. From layer to layer, towards the input, the gradient '
+            f"{'still grows' if growing else 'changes'} with depth: its squared norm by a factor per layer of "
+            + "; ".join(f"{name} {factor:.3f}{growth_text(name)}" for name, factor in factors.items())
+            + f" ({job.depths[-1]} layers of {FLAGS.hidden_width}, medians over these scales and seeds)."
+        )
+    return lines
+
+
+def growth_per_layer(results: xr.Dataset, names: Mapping[str, Any], scales: np.ndarray) -> float:
+    """The factor of the squared norm of the gradient to phi(...), per layer towards the input; median."""
+    one = in_range(results, names).activation_gradient.sel(init_scale=scales).astype(float)
+    ratio = one.isel(layer=0) / one.isel(layer=-1)
+    return float((ratio ** (2 / (names["depth"] - 1))).median())
+
+
+def growth_text(activation: str) -> str:
+    """The theory's factor, where there is one."""
+    if FLAGS.batch_size < 4:
+        return ""
+    return f" (infinitely wide: {mean_field.gradient_growth(activation, FLAGS.batch_size):.3f})"
+
+
+def answer_without_norm(results: xr.Dataset, job: Job, names: Mapping[str, Any]) -> str:
+    """Of one network without BN."""
+    facts = unnormalized(results, names, 0)
+    text = (
+        f"{names['activation']} without BN, {names['depth']} layers, gradient to the first layer's weights: "
+    )
+    if not has_law(names):
+        small, large = facts["small"], facts["large"]
+        several = "no single power: " if abs(small - large) > FLAT else ""
+        text += (
+            f"{several}slope {figure(small)} at small scales, {figure(large)} from {MIDDLE:g} to "
+            f"{LARGE:g}, largest ({facts['largest']:.1e}) at {facts['at']:.3g}"
+        )
+        return text + (f", exactly 0 from {facts['zero']:.3g}." if math.isfinite(facts["zero"]) else ".")
+    scales = used_scales(results, job, names)
+    if len(scales) < 2:
+        return text + "no slope, as there are no 2 scales at which all gradients are finite and not 0."
+    weights = fit(results, names, "weight", scales)
+    law = "as the power" if weights.error <= FLAT else "though as no power, slope"
+    others = names["depth"] - 1
+    scaled = f"{others} other layer{'s are' if others > 1 else ' is'}" if others else "no other layer is"
+    text += (
+        f"{grows(weights.lowest, weights.highest)}, {law} {figure(weights.lowest)} to {figure(weights.highest)} of "
+        f"init_scale in all layers ({scaled} scaled)"
+    )
+    return text + (
+        f"; beyond float32 from {facts['infinite']:.3g}." if math.isfinite(facts["infinite"]) else "."
+    )
 
 
 if __name__ == "__main__":

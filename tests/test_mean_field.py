@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scripts
+import xarray as xr
 
 import bnjax
 from bnjax import activations
@@ -188,8 +189,58 @@ class TestEpsilon:
         found = mean_field.epsilon_threshold(activation, 1e-5)
         assert found.dead_unstable**2 == pytest.approx(1e-5 * factor, rel=1e-6)
         assert found.alive == pytest.approx(found.dead_unstable, rel=1e-6)
-        bias = mean_field.epsilon_threshold("tanh", 1e-5, scale=2.0, bias=0.0)
-        assert bias.dead_unstable**2 == pytest.approx(1e-5 / 4, rel=1e-6)
+
+    def test_threshold_with_a_scale(self):
+        """psi'(0) = scale."""
+        found = mean_field.epsilon_threshold("tanh", 1e-5, scale=2.0)
+        assert found.dead_unstable**2 == pytest.approx(1e-5 / 4, rel=1e-6)
+
+    @pytest.mark.parametrize(
+        "batch_size", [*(pytest.param(B, marks=pytest.mark.slow) for B in (4, 64)), 5, None]
+    )
+    @pytest.mark.parametrize(("activation", "bias"), [("relu", 0.5), ("relu", -1.0), ("hard_tanh", 0.0)])
+    def test_kinks_away_from_zero(self, activation, bias, batch_size):
+        """epsilon -> 0 is epsilon 0; a small signal sees the slope at `bias` alone, psi'(0) of 1 or 0.
+
+        The difference goes like epsilon E[1 / s^2] / E[1 / s], where E[1 / s^2] exists, like sqrt(epsilon) at B = 4.
+        """
+        phi = getattr(jax.nn, activation)
+        small = mean_field.gradient_growth(phi, batch_size, 1e-11, bias=bias)
+        without = mean_field.gradient_growth(phi, batch_size, bias=bias)
+        assert small == pytest.approx(without, rel=2e-4 if batch_size == 4 else 1e-6)
+        threshold = mean_field.epsilon_threshold(phi, 1e-5, batch_size, bias=bias)
+        if bias < 0:
+            assert math.isinf(threshold.dead_unstable)
+            assert math.sqrt(1e-5) < threshold.alive < 0.1
+        else:
+            assert threshold.dead_unstable**2 == pytest.approx(1e-5, rel=1e-6)
+            assert threshold.alive == pytest.approx(threshold.dead_unstable, rel=1e-6)
+
+    @pytest.mark.parametrize("batch_size", [4, 5])
+    @pytest.mark.parametrize(
+        ("activation", "bias", "weight_std"),
+        [("relu", 0.5, 2.5), ("relu", -1.0, 20.0), ("hard_tanh", 0.0, 2.5)],
+    )
+    def test_kinks_away_from_zero_by_sampled_batches(self, activation, bias, weight_std, batch_size):
+        """At epsilon 0.3, where 1 / (V s/B + epsilon) is bounded: |z| < 5 in 3 x 2 x 2 = 12 comparisons.
+
+        50,000 batches each; a false alarm by chance alone: 7e-6.
+        """
+        phi, epsilon = getattr(jax.nn, activation), 0.3
+        upper = 1.0 if activation == "hard_tanh" else math.inf
+        lower = -upper if activation == "hard_tanh" else 0.0
+
+        def dpsi(z):
+            return ((z + bias > lower) & (z + bias < upper)).astype(float)
+
+        theory = mean_field.signal_fixed_point(phi, batch_size, epsilon, weight_std, bias=bias)
+        assert theory.variance > 0.1
+        results = sampled(
+            lambda z: np.clip(z + bias, lower, upper), dpsi, batch_size, epsilon, theory.variance, weight_std
+        )
+        for (mean, error), expected in zip(results, (theory.variance, theory.growth), strict=True):
+            assert error < 0.01 * expected
+            assert abs(mean - expected) < 5 * error
 
     @pytest.mark.parametrize(
         ("activation", "batch_size"),
@@ -301,7 +352,8 @@ class TestOrderChaos:
     def test_wide_networks(self, activation, weight_std):
         """chi_1 against the gradients of 32 networks of width 400.
 
-        |z| < 4 over seeds, 6e-5 each if chance alone decides; finite width adds an error of some 1 / width.
+        Within 4 standard errors over seeds plus 2 / width = 0.5% of chi_1, since finite width adds an error of some
+        1 / width: beyond the 4 errors alone it is 6e-5 each if chance alone decides.
         """
         width, depth, seeds = 400, 5, 32
         model = bnjax.mlp((width,) * depth, 10, activation, "none", initializer="lecun_normal")
@@ -480,6 +532,39 @@ class TestExperiment:
         assert (np.diff(results.epsilon_variance) > 0).all()
         assert (folder / "epsilon.png").stat().st_size > 10_000
         assert "init_scale below which the signal dies" in capsys.readouterr().out
+
+    def test_nan_fails(self):
+        """Where a variance exists, a point that is not a number counts, and below batch size 6 none does."""
+        module = scripts.load("mean_field")
+        z = xr.DataArray([[np.nan, -1.0, np.nan]], dims=("activation", "batch_size"))
+        growth = xr.Dataset({"z": z}, {"batch_size": [5, 6, 8]})
+        found = module.z_values(growth)
+        np.testing.assert_array_equal(found, [1.0, np.nan])
+        assert not (found < module.MOST_Z).all()
+        chaos = xr.Dataset({"z": ("case", [-3.0, np.inf, 1.0])})
+        np.testing.assert_array_equal(module.z_values(chaos), [3.0, np.inf, 1.0])
+
+    def test_answer(self):
+        """Linear networks keep the gradient in an infinite batch: nothing grows there."""
+        module = scripts.load("mean_field")
+
+        def answer(names):
+            infinite = [mean_field.gradient_growth(name) for name in names]
+            finite = [[mean_field.gradient_growth(name, B) for B in (4, 8)] for name in names]
+            return module.growth_answer(
+                xr.Dataset(
+                    {
+                        "theory": (("activation", "batch_size"), finite),
+                        "theory_infinite_batch": ("activation", infinite),
+                    },
+                    {"activation": np.array(names, object), "batch_size": [4, 8]},
+                )
+            )
+
+        assert "gradients keep their size with linear; at batch size 4 with linear" in answer(["linear"])
+        assert "grows 2.000 times" in answer(["linear"])
+        assert "most with relu, in an infinite batch 1.467 times" in answer(["linear", "relu"])
+        assert "whatever the weights' size; with relu, in" in answer(["relu"])
 
     @pytest.mark.parametrize(
         ("options", "message"),

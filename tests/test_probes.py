@@ -718,6 +718,49 @@ class TestFlax:
         assert not any("0x" in text for text in texts)
         assert to_from_flax.model_from_flax(Net(), config={"name": "mine"}).config == {"name": "mine"}
 
+    @pytest.mark.parametrize("output", [True, False])
+    def test_default_scaled_where_the_module_has_a_kernel_of_its_own(self, output):
+        """The module that returns last has the output layer: the whole one, though it is called first."""
+
+        class Owner(nn.Module):
+            """With an output kernel of its own, or none."""
+
+            output: bool
+
+            @nn.compact
+            def __call__(self, x):
+                x = nn.Dense(3)(x)
+                h = nn.relu(nn.Dense(3)(x))
+                if not self.output:
+                    return h
+                return h @ self.param("readout", nn.initializers.lecun_normal(), (3, 2))
+
+        model = to_from_flax.model_from_flax(Owner(output), arguments=lambda train: {})
+        one, two = (probes.kernels(*model.init(jax.random.key(0), (4,), scale)) for scale in (1.0, 2.0))
+        kept = {name for name in one if (one[name] == two[name]).all()}
+        assert kept == ({"readout"} if output else {"Dense_1"})
+        for name in {*one} - kept:
+            np.testing.assert_array_equal(two[name], 2 * one[name])
+
+    def test_configs_tell_arrays_apart(self):
+        """In the middle, which numpy and JAX do not print; in shape; in dtype."""
+
+        class Masked(nn.Module):
+            mask: np.ndarray | jax.Array
+
+            def __call__(self, x, train):
+                return x * self.mask
+
+        mask = np.ones(5000, np.float32)
+        other = mask.copy()
+        other[2500] = 0
+        masks = [mask, other, mask.reshape(50, 100), mask.view(np.int32), jnp.asarray(other) / 2]
+        assert repr(mask) == repr(other)
+        configs = [to_from_flax.model_from_flax(Masked(mask)).config for mask in masks]
+        assert len({json.dumps(config) for config in configs}) == len(masks)
+        again = to_from_flax.model_from_flax(Masked(jnp.asarray(mask))).config
+        assert again == configs[0]
+
     def test_errors(self):
         x = jnp.ones((2, 12))
         model = to_from_flax.model_from_flax(Net(), scaled=["Dense_0", "Dense_7"])
@@ -739,8 +782,7 @@ class TestFlax:
             to_from_flax.model_from_flax(Cached()).init(jax.random.key(0), (3,), 1.0)
 
 
-@pytest.mark.parametrize("loss", [optax.l2_loss])
-def test_a_loss_must_be_a_scalar(loss):
+def test_a_loss_must_be_a_scalar():
     model, params, stats, x = network()
     with pytest.raises(TypeError, match="scalar"):
-        gradients(model, params, stats, x, loss)
+        gradients(model, params, stats, x, optax.l2_loss)

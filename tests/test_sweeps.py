@@ -118,9 +118,9 @@ class TestSweep:
 
         def measure(s):
             norms = [jnp.linalg.norm(s.params[name]["kernel"]) for name in ("hidden_0", "output")]
-            return {"norm": jnp.stack(norms), "scale": jnp.float32(s.hyper.init_scale)}
+            return {"norm": jnp.stack(norms), "scale": jnp.float32(s.hyper.init_scale), "one": 1.0}
 
-        probe = bnjax.Probe(measure, layers=("hidden_0", "output"))
+        probe = bnjax.Probe(measure, layers=["hidden_0", "output"])
         axes = {"seed": range(3), "init_scale": [0.5, 2.0]}
         found = sweep(blobs, axes, {"a": MODEL}, probe=probe).sel(model="a")
         assert found.norm.dims == ("seed", "init_scale", "probe_step", "layer")
@@ -141,7 +141,8 @@ class TestSweep:
         [
             (bnjax.Probe(lambda s: {"a": jnp.ones(3)}, ("x", "y")), r"'a' must be a scalar or one figure"),
             (bnjax.Probe(lambda s: {"test_loss": jnp.ones(())}), "must not call a quantity 'test_loss'"),
-            ({"other": bnjax.Probe(lambda s: {})}, r"one for each of \[''\], got \['other'\]"),
+            (bnjax.Probe(lambda s: {"seed": jnp.ones(())}), "must not call a quantity 'seed'"),
+            ({"other": bnjax.Probe(lambda s: {})}, r"one for the one model, and no mapping, got \['other'\]"),
         ],
     )
     def test_bad_probes(self, blobs, monkeypatch, probe, words):

@@ -10,6 +10,8 @@ import xarray as xr
 
 import bnjax
 from bnjax.data import synthetic
+from experiments.controls import depth, detached, dip, evaluation, frozen, norms, rates
+from experiments.controls.common import MOMENTUM, Finding, first_step, threshold, verdict
 
 why_robust = scripts.load("why_robust")
 SCALES = 10.0 ** np.arange(-4, 5)
@@ -121,7 +123,7 @@ class TestLaws:
     def test_the_first_step_makes_weights_longer_as_the_law_says(self, blobs):
         """|W_1|^2 = |W_0|^2 + lr^2 |g|^2 in float64, where it is the growth that counts; epsilon is the rest."""
         models = {epsilon: bnjax.mlp((16,), 4, epsilon=epsilon) for epsilon in (1e-5, 1e-14)}
-        found = why_robust.first_step(models, blobs, 64, 0.1, [0, 1], [0.01, 1.0])
+        found = first_step(models, blobs, 64, 0.1, [0, 1], [0.01, 1.0])
         growth = found.norm_after**2 - found.norm_before**2
         error = np.abs(growth / (0.1 * found.first_gradient_norm) ** 2 - 1)
         assert (growth.sel(init_scale=0.01) > 10 * found.norm_before.sel(init_scale=0.01) ** 2).all()
@@ -131,7 +133,7 @@ class TestLaws:
 
     def test_detached_statistics_break_the_law(self, blobs):
         models = {"BN": bnjax.mlp((16,), 4), "var": bnjax.mlp((16,), 4, detach=("var",))}
-        found = why_robust.first_step(models, blobs, 64, 0.1, [0, 1], [1.0], ranks=False)
+        found = first_step(models, blobs, 64, 0.1, [0, 1], [1.0], ranks=False)
         found = np.abs(found.radial_cosine)
         assert found.sel(model="BN").max() < 1e-4
         assert found.sel(model="var").min() > 1e-3
@@ -146,36 +148,31 @@ class TestLaws:
         rng = np.random.default_rng(0)
         rate, decay = 0.1, 0.1
         w = start * rng.normal(size=50) / math.sqrt(50)
-        norms, turns = [], []
+        lengths, turns = [], []
         for _ in range(13_000):
             unit = w / np.linalg.norm(w)
             u = rng.normal(size=50)
             g = (u - (u @ unit) * unit) / np.linalg.norm(w)
             turns.append(rate * np.linalg.norm(g) / np.linalg.norm(w))
             w = w - rate * (g + decay * w)
-            norms.append(np.linalg.norm(w))
-        expected, turn = why_robust.equilibrium(rate, decay, math.sqrt(49))
-        assert np.mean(np.power(norms[3000:], 4)) ** 0.25 == pytest.approx(expected, rel=0.01)
+            lengths.append(np.linalg.norm(w))
+        expected, turn = norms.equilibrium(rate, decay, math.sqrt(49))
+        assert np.mean(np.power(lengths[3000:], 4)) ** 0.25 == pytest.approx(expected, rel=0.01)
         assert np.sqrt(np.mean(np.square(turns[3000:]))) == pytest.approx(turn, rel=0.01)
 
     def test_escape_from_zero(self):
         """From `predicted_end`, a' = a + lr g(a) takes as many steps as given, but for the last few."""
         depth, epsilon, rate, steps = 4, 1e-4, 0.01, 2000
-        a = why_robust.predicted_end(depth, epsilon, rate, steps)
+        a = dip.predicted_end(depth, epsilon, rate, steps)
         taken = 0
         while a < math.sqrt(epsilon):
-            a += (
-                rate
-                / (1 - why_robust.MOMENTUM)
-                * (a / math.sqrt(epsilon)) ** (depth - 1)
-                / math.sqrt(epsilon)
-            )
+            a += rate / (1 - MOMENTUM) * (a / math.sqrt(epsilon)) ** (depth - 1) / math.sqrt(epsilon)
             taken += 1
         assert taken == pytest.approx(steps, rel=0.1)
 
     def test_deep_network_is_mlp(self, blobs):
         """With the weights of one in the other: the same outputs and statistics."""
-        deep, flat = why_robust.deep_network(3, 8, 4, 1e-3), bnjax.mlp((8, 8, 8), 4, epsilon=1e-3)
+        deep, flat = depth.deep_network(3, 8, 4, 1e-3), bnjax.mlp((8, 8, 8), 4, epsilon=1e-3)
         params, stats = deep.init(jax.random.key(0), (12,), 0.7)
 
         def unstacked(tree):
@@ -240,12 +237,12 @@ def results(dims, test_accuracy, train_loss=1.0, **attrs):
 
 
 def verdicts(findings):
-    return [why_robust.verdict(one) for one in findings]
+    return [verdict(one) for one in findings]
 
 
 def test_verdict():
     def of(*tests):
-        return why_robust.verdict(why_robust.Finding("", "", {f"test {i}": t for i, t in enumerate(tests)}))
+        return verdict(Finding("", "", {f"test {i}": t for i, t in enumerate(tests)}))
 
     assert of(True, True) == "supported"
     assert of(False, False) == "not supported"
@@ -261,21 +258,21 @@ def test_frozen(learns):
     )
     accuracy = accuracy.where(~trained, 0.95)
     angle = grid(dims | {"probe_step": [0, 100], "layer": LAYERS}, 0).where(~trained, 80)
-    found = verdicts(why_robust.judge_frozen(results(dims, accuracy).assign(angle=angle)))
+    found = verdicts(frozen.judge(results(dims, accuracy).assign(angle=angle)))
     assert found[0] == ("supported" if learns else "partly supported; not so: above 90% on XOR")
     assert found[1:] == (["supported"] * 2 if learns else ["not supported"] * 2)
 
 
 @pytest.mark.parametrize("enough", [True, False])
 def test_detached(enough):
-    dims = {"model": list(why_robust.DETACHED), "learning_rate": [0.1], "init_scale": SCALES, "seed": SEEDS}
+    dims = {"model": list(detached.DETACHED), "learning_rate": [0.1], "init_scale": SCALES, "seed": SEEDS}
     accuracy = grid(dims, 0.8)
     accuracy = accuracy.where((accuracy.model == "BN") | enough, 0.5)
     norms = grid(dims | {"probe_step": [0, 100], "layer": LAYERS}, 1)
     cosine = grid({"model": dims["model"], "seed": SEEDS, "layer": LAYERS[:1]}, 0.1)
     cosine = cosine.where((cosine.model != "BN") == enough, 1e-6)
     found = results(dims, accuracy).assign(weight_norm=norms, first_radial_cosine=cosine)
-    assert verdicts(why_robust.judge_detached(found)) == ["supported" if enough else "not supported"] * 2
+    assert verdicts(detached.judge(found)) == ["supported" if enough else "not supported"] * 2
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -286,7 +283,7 @@ def test_evaluation(fails):
         {"running": ones - 0.3 * fails, "recomputed": ones, "batch": ones - (0 if fails else 0.2)},
     )
     expected = ["supported", "supported", "supported"] if fails else ["not supported"] * 3
-    assert verdicts(why_robust.judge_evaluation(found)) == expected
+    assert verdicts(evaluation.judge(found)) == expected
 
 
 @pytest.mark.parametrize("law", [True, False])
@@ -295,7 +292,7 @@ def test_norms(law):
     scales = np.geomspace(1e-4, 1e4, 33)
     first = {"first_scale": scales, "seed": SEEDS, "hidden_layer": LAYERS[:1]}
     before = grid(first, 1) * xr.DataArray(scales, dims="first_scale")
-    limit = float(why_robust.threshold(1e-5))
+    limit = float(threshold(1e-5))
     gradient = 1e-1 / np.maximum(before, limit) * np.minimum(1, before / limit) ** 2
     after = np.sqrt(before**2 + (0.1 * gradient) ** 2) if law else before * (1 + 0.1 * (before < 1))
     rank = grid(first, 10)
@@ -308,7 +305,7 @@ def test_norms(law):
     }
     norm = grid(dims, 1) * xr.DataArray(SCALES, dims="init_scale")
     later = norm.probe_step > 0
-    settled, _ = why_robust.equilibrium(0.5, 0.1, 1.0)
+    settled, _ = norms.equilibrium(0.5, 0.1, 1.0)
     if law:
         norm = norm.where(~later | (norm.weight_decay > 0), np.maximum(norm, 1))
         norm = norm.where(~later | (norm.weight_decay == 0), settled)
@@ -325,7 +322,7 @@ def test_norms(law):
         },
         attrs={"first_rate": 0.1, "epsilon": 1e-5, "hyper": {"learning_rate": 0.5}},
     )
-    told = verdicts(why_robust.judge_norms(found))
+    told = verdicts(norms.judge(found))
     if law:
         assert told == ["supported"] * 4
     else:
@@ -342,13 +339,13 @@ def dip_results(moves):
     dims = {"epsilon": epsilons, "learning_rate": rates, "init_scale": scales, "seed": SEEDS}
     accuracy, effective = grid(dims, 0.8).copy(), grid(dims, 1e-3).copy()
     for i, epsilon in enumerate(epsilons):
-        place = float(why_robust.threshold(epsilon)) if moves else 0.01
+        place = float(threshold(epsilon)) if moves else 0.01
         away = np.abs(np.log10(scales / place))
         for j, rate in enumerate(rates):
             depth = 0.1 * (1 if j else 0.5) if moves else 0.1
             line = 0.8 - depth * np.maximum(0, 1 - away)
             if moves:
-                line = np.where(scales < why_robust.predicted_end(3, epsilon, rate, 100) * 10, 0.1, line)
+                line = np.where(scales < dip.predicted_end(3, epsilon, rate, 100) * 10, 0.1, line)
             accuracy[i, j] = line[:, None]
             effective[i, j] = (1e-3 * 10 ** (-np.maximum(0, 3 - away) if moves else -away))[:, None]
     found = results(dims, accuracy, layers=3, epsilon=1e-5, rate=0.1)
@@ -361,9 +358,9 @@ def dip_results(moves):
 
 
 def test_dip():
-    where, overshoot, rate, end = verdicts(why_robust.judge_dip(dip_results(moves=True)))
+    where, overshoot, rate, end = verdicts(dip.judge(dip_results(moves=True)))
     assert where == overshoot == rate == end == "supported"
-    where, overshoot, rate, end = verdicts(why_robust.judge_dip(dip_results(moves=False)))
+    where, overshoot, rate, end = verdicts(dip.judge(dip_results(moves=False)))
     assert where != "supported"
     assert "exponent is within 0.15" in where
     assert overshoot != "supported"
@@ -375,9 +372,9 @@ def test_end_of_training():
     accuracy = xr.DataArray(
         [0.1, 0.5, 0.1, 0.3, 0.8], {"init_scale": [1e-4, 1e-3, 1e-2, 0.05, 0.1]}, ["init_scale"]
     )
-    assert why_robust.end_of_training(accuracy) == 0.05  # the one at 1e-3 is on the other side of a gap
-    assert why_robust.end_of_training(0 * accuracy) == math.inf
-    assert why_robust.end_of_training(0 * accuracy + 1) == 1e-4
+    assert dip.end_of_training(accuracy) == 0.05  # the one at 1e-3 is on the other side of a gap
+    assert dip.end_of_training(0 * accuracy) == math.inf
+    assert dip.end_of_training(0 * accuracy + 1) == 1e-4
 
 
 @pytest.mark.parametrize("better", [True, False])
@@ -388,14 +385,14 @@ def test_rates(better):
     loss = xr.DataArray([2.0, 0.5], dims="step") * grid({"model": ["BN", "no BN"]}, 1)
     if better:  # BN is down to the loss at the first evaluation
         loss = loss.where(loss.model == "no BN", 0.5)
-    told = verdicts(why_robust.judge_rates(results(dims, accuracy, loss)))
+    told = verdicts(rates.judge(results(dims, accuracy, loss)))
     assert told == (["supported"] * 2 if better else ["not supported"] * 2)
 
 
 def test_steps_to():
     dims = {"model": ["a", "b", "c"]}
     loss = xr.DataArray([[1.0, 0.25], [0.2, 0.1], [2.0, 1.0]], {**dims, "step": [50, 100]}, ["model", "step"])
-    found = why_robust.steps_to(results(dims, 0.5, loss), 0.5)
+    found = rates.steps_to(results(dims, 0.5, loss), 0.5)
     np.testing.assert_allclose(found, [75, 50, np.inf])  # half the way on a logarithmic scale
 
 
@@ -408,6 +405,6 @@ def test_depth(stops):
     found = results(dims, accuracy)
     growth = grid({"variant": ["ReLU"], "seed": SEEDS}, 1.48 if stops else 2.0)
     found = found.assign(growth=growth, theory=("variant", [1.48]))
-    (told,) = verdicts(why_robust.judge_depth(found))
+    (told,) = verdicts(depth.judge(found))
     assert told == ("supported" if stops else "not supported")
-    assert why_robust.deepest(accuracy.isel(variant=0)).max() == (20 if stops else 80)
+    assert depth.deepest(accuracy.isel(variant=0)).max() == (20 if stops else 80)

@@ -13,6 +13,7 @@ Flax has no frozen parameters: a frozen kernel goes to "params", and Flax's user
 """
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -250,7 +251,8 @@ def model_from_flax(
       module: called with a batch x [N, ...], gives outputs [N, K]. It has the collections "params" and, if any,
         "batch_stats", and needs no random numbers beside those of its initialization.
       scaled: the submodules, by path, whose kernels `init_scale` multiplies: all arrays of rank 2 and above in
-        them. None: all but the kernel of the submodule that is called last, the output layer.
+        them. None: all but the kernel of the module that returns last, the output layer. (That is the module
+        itself where it has a kernel of its own.)
       arguments: the keyword arguments of the module in training (True) and evaluation (False). For a
         module that has none, `lambda train: {}`.
       config: identifies the network in stored results. None: the class and attributes of the module, and of modules
@@ -261,11 +263,12 @@ def model_from_flax(
     """
 
     def init(key, input_shape, init_scale=1.0):
-        called = []
+        returned = []
 
         def record(next_function, args, kwargs, context):
-            called.append("/".join(context.module.path))
-            return next_function(*args, **kwargs)
+            y = next_function(*args, **kwargs)
+            returned.append("/".join(context.module.path))
+            return y
 
         with nn.intercept_methods(record):
             variables = dict(module.init(key, jnp.zeros((1, *input_shape)), **arguments(False)))
@@ -283,7 +286,7 @@ def model_from_flax(
             return kernel.startswith(f"{submodule}/")
 
         if scaled is None:
-            own = [path for path in called if any(k.rpartition("/")[0] == path for k in kernels)]
+            own = [path for path in returned if any(k.rpartition("/")[0] == path for k in kernels)]
             chosen = [k for k in kernels if k.rpartition("/")[0] != own[-1]] if own else []
         else:
             useless = [name for name in scaled if not any(inside(k, name) for k in kernels)]
@@ -367,5 +370,9 @@ def _description(value):
         names = [field.name for field in dataclasses.fields(value) if field.name not in ("parent", "name")]
         attributes = {name: _description(getattr(value, name, None)) for name in names}
         return {"class": type(value).__qualname__, **attributes}
+    if isinstance(value, np.ndarray | jax.Array):  # its repr leaves out the middle
+        array = np.asarray(value)
+        digest = hashlib.sha256(array.tobytes()).hexdigest()
+        return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": digest}
     name = getattr(value, "__name__", None)
     return name if isinstance(name, str) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))

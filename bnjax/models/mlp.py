@@ -156,6 +156,6 @@ def mlp(
         "scaled_layers": scaled_layers,
         "freeze_hidden": freeze_hidden,
         "use_bias": use_bias,
-        "detach": list(detach),
+        **({"detach": list(detach)} if detach else {}),
     }
     return Model(init, apply, layers, config)

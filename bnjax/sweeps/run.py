@@ -51,7 +51,8 @@ def sweep(
       axes: {field of `Hyperparams`: values}, in the order of the result's dimensions.
       hyper: the values of the hyperparameters that are not swept.
       probe: measures each run before its first step and at each evaluation (`bnjax.Probe`); several models may have
-        one each, {name: probe}, of the same quantities and layers.
+        one each, {name: probe}, of the same quantities and layers. The compiled program is kept for the probe
+        itself: pass the same one again to compile nothing. The last bits of a run may differ from those without.
       width: cells vmapped together on one device; default: chosen for network and device.
       devices: default: all local devices.
       progress: show cells done, cells diverged and the time left.
@@ -73,7 +74,7 @@ def sweep(
     cells = grid.cells(coords, hyper)
     for one in models.values():
         check(one, ds, config)
-    probes = _probes(probe, models, ds)
+    probes = _probes(probe, models, ds, coords)
     plans = {name: make_plan(m, ds, width=width, devices=devices) for name, m in models.items()}
     shape = tuple(len(values) for values in coords.values())
 
@@ -111,32 +112,41 @@ def sweep(
     return xr.Dataset(data, coords, attributes)
 
 
-def _probes(probe, models, ds):
+def _probes(probe, models, ds, coords):
     """{model: its probe or None}, after checking that what they measure fits one data set."""
     probes = dict(probe) if isinstance(probe, Mapping) else dict.fromkeys(models, probe)
     if set(probes) != set(models):
-        raise ValueError(f"probe must have one for each of {list(models)}, got {list(probes)}")
+        names = (
+            f"each of the models {list(models)}" if list(models) != [""] else "the one model, and no mapping"
+        )
+        raise ValueError(f"probe must be one for {names}, got {list(probes)}")
+    taken = {*History._fields, *coords, "model", "step", "probe_step", "layer"}
     seen = {}
     for name, one in probes.items():
         if one is None:
             seen[name] = None
             continue
 
-        def measured(model=models[name], measure=one.measure):
-            hyper = jax.tree.map(jnp.asarray, Hyperparams())
+        def measured(ds, hyper, model=models[name], measure=one.measure):
             state = model.init(jax.random.key(0), ds.train_x.shape[1:], hyper.init_scale)
-            return dict(measure(Snapshot(*state, *state, jax.tree.map(jnp.asarray, ds), hyper)))
+            values = measure(Snapshot(*state, *state, ds, hyper))
+            return {quantity: jnp.asarray(value) for quantity, value in values.items()}
 
-        shapes = {quantity: value.shape for quantity, value in jax.eval_shape(measured).items()}
+        shapes = {
+            quantity: value.shape for quantity, value in jax.eval_shape(measured, ds, Hyperparams()).items()
+        }
         for quantity, shape in shapes.items():
-            if quantity in History._fields:
-                raise ValueError(f"a probe must not call a quantity {quantity!r}, which every run records")
+            if quantity in taken:
+                raise ValueError(
+                    f"a probe must not call a quantity {quantity!r}, a name that results have anyway"
+                )
             if shape not in ((), (len(one.layers),)):
                 raise ValueError(
                     f"the probe's {quantity!r} must be a scalar or one figure for each of its layers "
                     f"{one.layers}, got shape {shape}"
                 )
-        seen[name] = (one.layers, shapes)
+        seen[name] = (tuple(one.layers), shapes)
+        probes[name] = one._replace(layers=tuple(one.layers))  # a list cannot be a key of the kept programs
     if any(other != next(iter(seen.values())) for other in seen.values()):
         raise ValueError(
             f"all models' probes must measure the same quantities in the same layers, got {seen}"

@@ -29,6 +29,7 @@ found.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -259,9 +260,12 @@ def epsilon_threshold(
     B = _check(batch_size, epsilon, 1.0, None)
     if epsilon == 0:
         raise ValueError("epsilon must be above 0: at epsilon 0 there is no threshold")
-    layer = _layer(_function(activation, B, scale, bias), B)
+    psi = _function(activation, B, scale, bias)
+    layer = _layer(psi, B)
     t = np.r_[0, np.geomspace(1e-9, 1e9, 1801)]
     spread = layer(t)[0]
+    # Not from the interpolant, whose error would decide whether it is 0; E[s / B] = (B - 1) / B.
+    spread[0] = _ratios(psi, B, np.zeros(1))[0, 0] * (1 if B is None else (B - 1) / B)
     top = int(spread.argmax())
     best = spread[top]
     if top > 0:  # at t = 1e9 it is on its way to 0
@@ -402,7 +406,7 @@ def _layer(psi, B):
     They are E_s[spread] / t, E_s[slope epsilon / (V s/B + epsilon)] and E_s[rho^2]: the next t is
     weight_std^2 / epsilon t times the first, the growth is weight_std^2 / epsilon times the second.
     """
-    table = _table(lambda rho: _ratios(psi, B, rho))
+    table = _table(lambda rho: _ratios(psi, B, rho), _edges_of_rho(psi.breaks, B))
     if B is None:
         s, weights = np.ones(1), np.ones(1)  # s / B, no average
     else:
@@ -429,24 +433,67 @@ def _ratios(psi, B, rho):
     return np.stack([spread / rho**2, slope])
 
 
-def _table(function):
-    """An interpolant of function: rho [M] -> [2, M] on [0, 1], by Chebyshev polynomials of the degree it needs."""
+def _edges_of_rho(breaks, B):
+    """Edges [E] of [0, 1], between which the moments are analytic functions of rho.
+
+    In a finite batch BN's outputs are bounded: |z_a| <= rho sqrt(B - 1) reaches a kink at some rho, and the ellipse
+    that holds (z_a, z_b), z_a^2 + z_b^2 + (z_a + z_b)^2 / (B - 2) <= B rho^2, a pair of kinks at another; there the
+    moments go on with (rho - edge)^((B - 1) / 2), which polynomials fit well unless B is small.
+    """
+    if B is None:
+        return np.array([0.0, 1.0])
+    inner = np.abs(breaks) / math.sqrt(B - 1)
+    if B <= 12:
+        one, other = breaks[:, None], breaks
+        pairs = np.sqrt((one**2 + other**2 + (one + other) ** 2 / (B - 2)) / B)
+        inner = np.r_[inner, pairs.reshape(-1)]
+    inner = np.sort(inner)
+    inner = inner[(inner > 1e-6) & (inner < 1 - 1e-6)]
+    return np.r_[0.0, inner[np.diff(inner, prepend=0.0) > 1e-6], 1.0]
+
+
+def _table(function, edges):
+    """An interpolant of function: rho [M] -> [2, M] on [0, 1], which is analytic between `edges`.
+
+    To the right of an edge it goes on in powers of sqrt(rho - edge).
+    """
+    pieces = [
+        _interpolant(function, low, high, 2 if low > 0 else 1) for low, high in itertools.pairwise(edges)
+    ]
+
+    def table(rho):
+        found = np.empty((2, *rho.shape))
+        index = np.searchsorted(edges[1:-1], rho)
+        for i, piece in enumerate(pieces):
+            found[:, index == i] = piece(rho[index == i])
+        return found
+
+    return table
+
+
+def _interpolant(function, low, high, power):
+    """On [low, high], by Chebyshev polynomials of x, rho = low + (high - low) x^power, of the degree it needs."""
     degree = 8
 
     def points(degree):
         return (1 - np.cos(np.pi * np.arange(degree + 1) / degree)) / 2
 
-    values = function(points(degree))
+    def at(x):
+        return function(low + (high - low) * x**power)
+
+    values = at(points(degree))
     while degree < 512:
         fit = np.polynomial.chebyshev.chebfit(2 * points(degree) - 1, values.T, degree)
         degree *= 2
         finer = np.empty((2, degree + 1))
-        finer[:, ::2], finer[:, 1::2] = values, function(points(degree)[1::2])
+        finer[:, ::2], finer[:, 1::2] = values, at(points(degree)[1::2])
         off = np.abs(np.polynomial.chebyshev.chebval(2 * points(degree)[1::2] - 1, fit) - finer[:, 1::2])
         values = finer
         if (off.max(1) <= 100 * TOLERANCE * np.abs(values).max(1)).all():
             fit = np.polynomial.chebyshev.chebfit(2 * points(degree) - 1, values.T, degree)
-            return lambda rho: np.polynomial.chebyshev.chebval(2 * rho - 1, fit)
+            return lambda rho: np.polynomial.chebyshev.chebval(
+                2 * ((rho - low) / (high - low)) ** (1 / power) - 1, fit
+            )
     raise ValueError("the activation's moments do not converge as functions of the signal's size")
 
 
@@ -499,14 +546,11 @@ def _settle(layer, gain, start):
 def _moments(psi, B, rho):
     """`spread` and `slope` of the module's docstring at each rho [M], both [M]."""
     nodes = _normal_moments if B is None else _sphere_moments
-    spread, slope = _converge(
+    return _converge(
         lambda n: np.concatenate(
             [nodes(psi, B, part, n) for part in np.array_split(rho, -(-len(rho) // 8))], 1
         )
     )
-    if (spread <= 1e-24 * rho**2 * slope).any():
-        raise ValueError("the activation is constant on the quadrature's range: its growth is not defined")
-    return spread, slope
 
 
 def _converge(integral):
@@ -550,17 +594,19 @@ def _edges(inner, limit, parts):
 def _normal_moments(psi, B, rho, n):
     """[2, M]: Var psi(rho u), E[psi'(rho u)^2], u ~ N(0, 1)."""
     del B
+    _, integrands = _normal_integrands(psi, rho, n)
+    return integrands.sum(2)
+
+
+def _normal_integrands(psi, rho, n):
+    """Nodes u [M, N] and what to sum over them, [2, M, N], for `_normal_moments`."""
     u, weights = _panels(_edges(psi.breaks / rho[:, None], _CUT, _PARTS), n)
     weights = weights * np.exp(-(u**2) / 2)
     weights /= weights.sum(1, keepdims=True)
     value, slope = _evaluate(psi, rho[:, None] * u)
     value = value - (weights * value).sum(1, keepdims=True)
     value = value - (weights * value).sum(1, keepdims=True)
-    tail = np.abs(u) > _CUT - 2
-    for integrand in (value**2, slope**2):
-        if ((weights * integrand * tail).sum(1) > TOLERANCE * (weights * integrand).sum(1)).any():
-            raise ValueError("the activation grows too fast for its variance under a normal distribution")
-    return np.stack([(weights * value**2).sum(1), (weights * slope**2).sum(1)])
+    return u, np.stack([weights * value**2, weights * slope**2])
 
 
 def _sphere_moments(psi, B, rho, n):
@@ -676,7 +722,17 @@ def _function(activation, B, scale, bias):
     if not math.isfinite(bias):
         raise ValueError(f"bias must be finite, got {bias}")
     psi = _Function(_evaluator(activation), float(scale), float(bias), None)
-    return _with_breaks(psi, _CUT if B is None else min(_CUT, math.sqrt(B - 1)))
+    psi = _with_breaks(psi, _CUT if B is None else min(_CUT, math.sqrt(B - 1)))
+    # At rho = 1 only, where BN's outputs range furthest: a small signal may well stay on one side of all kinks.
+    one = np.ones(1)
+    if B is None:
+        u, integrands = _normal_integrands(psi, one, 48)
+        if ((integrands * (np.abs(u) > _CUT - 2)).sum(2) > TOLERANCE * integrands.sum(2)).any():
+            raise ValueError("the activation grows too fast for its variance under a normal distribution")
+    spread, slope = _moments(psi, B, one)
+    if spread <= 1e-24 * slope:
+        raise ValueError("the activation is constant on the quadrature's range: its growth is not defined")
+    return psi
 
 
 def _evaluator(activation):
