@@ -1,6 +1,7 @@
 """The gradient-flow experiment: its slopes against exact power laws, its main at a tiny size, what it refuses."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import scripts
 import xarray as xr
 
 import bnjax
+from bnjax.theory import mean_field
 
 gradient_flow = scripts.load("gradient_flow")
 TINY = {
@@ -64,6 +66,135 @@ class TestSlopes:
         assert [gradient_flow.theory("none", "preactivation", i, 3) for i in layers] == [2, 1, 0]
         assert {gradient_flow.theory("batch", "weight", i, 3) for i in layers} == {-1}
         assert {gradient_flow.theory("batch", "activation", i, 3) for i in layers} == {0}
+
+
+@pytest.fixture
+def set_flags():
+    """Sets the experiment's flags as a command line does."""
+
+    def call(**options):
+        flags = scripts.load("gradient_flow").FLAGS
+        flags.unparse_flags()
+        for flag in flags:
+            flags[flag].unparse()
+        flags(["gradient_flow.py", *(f"--{flag}={value}" for flag, value in options.items())])
+
+    yield call
+    gradient_flow.FLAGS.unparse_flags()
+
+
+class TestAnswer:
+    """Of data made up from known laws: what is printed follows from them, not from what is expected of BN."""
+
+    SCALES = np.logspace(-3, 5, 9)
+
+    def made_up(self, weight, passing, *, depth, norm, activation="relu", growth=2.25):
+        """The job and the results of one network, and its laws; `growth` is of the squared norm, per layer."""
+        coords = {
+            "activation": [activation],
+            "norm": [norm],
+            "depth": [depth],
+            "init_scale": self.SCALES,
+            "seed": [0, 1],
+            "layer": [f"hidden_{i}" for i in range(depth)] + ["output"],
+        }
+        a = xr.DataArray(self.SCALES, dims="init_scale")
+        layers = xr.DataArray(growth ** (-0.5 * np.arange(depth + 1)), dims="layer")
+        full = xr.DataArray(np.ones([len(v) for v in coords.values()]), coords, list(coords))
+        data = {"weight_gradient": full * weight(a) * layers, "activation_spread": full}
+        for part in ("preactivation", "norm", "activation"):
+            data[f"{part}_gradient"] = full * passing(a) * layers
+        shown = [1.0]
+        job = gradient_flow.Job([depth], self.SCALES, [0, 1], shown, [0, 1], None, {activation: 1e-4})
+        return xr.Dataset(data), job
+
+    def test_with_norm(self, set_flags):
+        set_flags(activations="relu", norms="batch", batch_size=32, hidden_width=7)
+        found = gradient_flow.answer(
+            *self.made_up(lambda a: 3 / a, lambda a: 0 * a + 1, depth=3, norm="batch")
+        )
+        assert "With BN, no: over 7.0 decades" in found
+        assert "slope 0.000 to 0.000: BN divides" in found
+        assert "slope -1.000 to -1.000: it shrinks as they grow." in found
+        theory = mean_field.gradient_growth("relu", 32)
+        assert (
+            'That "no" is about init_scale. From layer to layer, towards the input, the gradient still grows '
+            "with depth: its squared norm by a factor per layer of relu 2.250 (infinitely wide: "
+            f"{theory:.3f}) (3 layers of 7"
+        ) in found
+        assert "without BN" not in found
+
+    def test_of_a_gradient_that_explodes_with_norm(self, set_flags):
+        set_flags(activations="relu", norms="batch", batch_size=3)
+        laws = (lambda a: a**2, lambda a: a**0.5)
+        found = gradient_flow.answer(*self.made_up(*laws, depth=2, norm="batch", growth=0.5))
+        assert "With BN, yes: " in found
+        assert "slope 0.500 to 0.500. The" in found
+        assert "slope 2.000 to 2.000: it grows with them." in found
+        assert (
+            "the gradient changes with depth: its squared norm by a factor per layer of relu 0.500 (2"
+            in found
+        )
+
+    def test_of_one_layer(self, set_flags):
+        """There is no other layer whose weights would multiply the gradient, and none to pass it on to."""
+        set_flags(activations="relu", norms="batch,none")
+        made_up = [self.made_up(lambda a: 0 * a + 1, lambda a: 0 * a + 1, depth=1, norm="none")]
+        made_up += [self.made_up(lambda a: 1 / a, lambda a: 0 * a + 1, depth=1, norm="batch")]
+        results = xr.concat([results for results, _ in made_up], "norm")
+        found = gradient_flow.answer(results, made_up[0][1])
+        assert "With BN, no: " in found
+        assert "From layer to layer" not in found
+        assert (
+            "first layer's weights: no, as the power 0.00 to 0.00 of init_scale in all layers (no other layer "
+            "is scaled)."
+        ) in found
+        assert "yes" not in found
+
+    def test_of_a_power_without_norm(self, set_flags):
+        set_flags(activations="relu", norms="none")
+        made_up = self.made_up(lambda a: a**2, lambda a: a, depth=3, norm="none")
+        found = gradient_flow.answer(*made_up)
+        assert "With BN" not in found
+        assert (
+            "yes, as the power 2.00 to 2.00 of init_scale in all layers (2 other layers are scaled)." in found
+        )
+        made_up = self.made_up(lambda a: a**1.5, lambda a: a, depth=2, norm="none")
+        found = gradient_flow.answer(*made_up)
+        assert (
+            "yes, though as no power, slope 1.50 to 1.50 of init_scale in all layers (1 other layer is"
+            in found
+        )
+
+    def test_of_what_has_no_law(self, set_flags):
+        """The cross-entropy's softmax saturates, and so do sigmoids."""
+
+        def law(a):
+            return (a**2).where(a < 5e3, 0)
+
+        for activation, loss in (("relu", "cross_entropy"), ("sigmoid", "cotangent")):
+            set_flags(activations=activation, norms="none", loss=loss)
+            made_up = self.made_up(law, law, depth=3, norm="none", activation=activation)
+            found = gradient_flow.answer(*made_up)
+            assert (
+                f"{activation} without BN, 3 layers, gradient to the first layer's weights: slope 2.00 at "
+                "small scales, 2.00 from 3 to 100, largest (1.0e+06) at 1e+03, exactly 0 from 1e+04."
+            ) in found
+            assert "power" not in found
+            assert gradient_flow.slopes_table(*made_up).row_count == 0
+        made_up = self.made_up(lambda a: a**2 / (1 + a), law, depth=3, norm="none", activation="sigmoid")
+        found = gradient_flow.answer(*made_up)
+        assert "no single power: slope 2.00 at small scales, 1.04 from" in found
+
+    @pytest.mark.parametrize(
+        ("norm", "words"), [("none", "weights: no slope"), ("batch", "With BN there are")]
+    )
+    def test_of_dead_units(self, set_flags, norm, words):
+        set_flags(activations="relu", norms=norm)
+        made_up = self.made_up(lambda a: 0 * a, lambda a: 0 * a, depth=2, norm=norm)
+        (row,) = zip(*(column.cells for column in gradient_flow.slopes_table(*made_up).columns), strict=True)
+        assert row[3:] == ("-",) * 6
+        assert words in gradient_flow.answer(*made_up)
 
 
 class TestMain:
@@ -126,6 +257,13 @@ class TestMain:
         printed = capsys.readouterr().out
         assert "With BN" not in printed
         assert "linear without BN, 2 layers" in printed
+
+
+def test_without_matplotlib(main, monkeypatch):
+    monkeypatch.delattr(bnjax, "plots", raising=False)
+    monkeypatch.setitem(sys.modules, "bnjax.plots", None)
+    with pytest.raises(SystemExit, match=r"error: .*bnjax\.plots"):
+        main(**TINY)
 
 
 @pytest.mark.parametrize(

@@ -326,6 +326,21 @@ class TestFixedEpsilon:
         np.testing.assert_allclose(by_sum, inner, rtol=1e-9)
 
 
+def test_inner_products_that_are_apart_break_the_run():
+    """1e-5 of 0.5 is more than rounding, 1e-5 of 1e-12 is not; and no figure is no proof."""
+
+    def found(size, gap):
+        sides = [[size, size / 2], [size, size / 2], [size + gap, size / 2]]
+        exact = {name: ("case", np.zeros(2)) for name in laws.EXACT}
+        data = exact | {"inner_product": (("fixed_epsilon", "side", "layer"), [sides])}
+        return scale_laws.broken(xr.Dataset(data, {"fixed_epsilon": [0.1]}))
+
+    assert found(0.5, 1e-7) == found(1e-12, 1e-17) == []
+    (words,) = found(0.5, 5e-6)
+    assert words == "at epsilon 0.1 the forms of <W, dL/dW> are 1.0e-05 apart, relative, more than 1e-06"
+    assert len(found(0.5, np.nan)) == 1
+
+
 class TestMain:
     @pytest.mark.slow
     def test_main(self, tmp_path, capsys):
@@ -346,7 +361,13 @@ class TestMain:
         subjects = {"fixed epsilon", "without BN", "rounding", "training", "powers of two"}
         assert set(found) == subjects | {"inner product at epsilon 0.1"}
         assert all(sentence in printed for sentence in found.values())
-        assert laws.broken(results) == []
+        assert scale_laws.broken(results) == []
+        goes = r"Over training the deviation goes, from step 1 to 24, from \S+ to \S+ \(relu, decay none\)"
+        assert re.match(goes, found["training"])
+        scale_laws.FLAGS.mark_as_parsed()
+        everywhere = results.assign(crossed=xr.ones_like(results.crossed))
+        assert "cross a kink in every case" in scale_laws.answer(everywhere)["rounding"]
+        scale_laws.FLAGS.unparse_flags()
         results.trajectory_power_of_two[1, 0, 1, 2] = 1e-9
         (words,) = laws.broken(results)
         first = f"epsilon 0.1, scaled {results.scaled.values[0]}, decay weight_"

@@ -170,6 +170,7 @@ class TestLaws:
             taken += 1
         assert taken == pytest.approx(steps, rel=0.1)
 
+    @pytest.mark.slow
     def test_deep_network_is_mlp(self, blobs):
         """With the weights of one in the other: the same outputs and statistics."""
         deep, flat = depth.deep_network(3, 8, 4, 1e-3), bnjax.mlp((8, 8, 8), 4, epsilon=1e-3)

@@ -58,7 +58,7 @@ def judge(results: xr.Dataset) -> list[Finding]:
 
     learned = gain.sel(task="xor").median("seed")
     scales = learned.init_scale.values[learned.values > 0.1]
-    where = f"{number(scales.min())} to {number(scales.max())}" if len(scales) else "no scale"
+    where = ", ".join(map(number, scales)) or "no scale"
 
     def median(values):
         return float(values.median("seed"))
