@@ -13,7 +13,7 @@
 
 Each states a claim, measures it, and says whether the figures support it; the table at the end has them all. Networks
 are small (64 units a layer, Fashion-MNIST at 7 x 7 pixels, and XOR in 49 dimensions), so that grids are affordable.
-All of it takes about a minute and a half on 2 cores; --full, with more of everything, some 15 times as long. Expect:
+All of it takes 2 to 3 minutes on 2 cores; --full, with more of everything, some 15 times as long. Expect:
 features are learned near 1, a readout does the work from 10 up; running statistics fail in short training;
 the dip is an overshoot of the first steps; training ends where it takes longer than the run to escape from zero.
 """
