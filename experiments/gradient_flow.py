@@ -712,7 +712,7 @@ def training_table(trained: xr.Dataset, job: Job) -> Table:
     for norm, scale in itertools.product(FLAGS.norms, job.shown):
         one = trained.sel(model=norm, init_scale=scale)
         for step in job.steps:
-            now = one.sel(probe_step=step).median("seed")
+            now = one.sel(probe_step=step).astype(float).median("seed")  # a loss may be the largest float32
 
             def both(name, form, now=now):
                 return " / ".join(format(float(now[name].sel(layer=f"hidden_{i}")), form) for i in ends)
