@@ -140,8 +140,7 @@ def apply(
         agrees with training; the unbiased ones estimate the variance of the population, and are PyTorch's.
       detach: which of the batch statistics, "mean" and "var", are constants to the derivative: what is left
         of the Jacobian is `(scale / sigma) (I - [1 1^T / N] - [x_hat x_hat^T / N])` without the first bracket, the
-        second or both. For asking what the derivative through the statistics is good for: first derivatives
-        only, and none with respect to epsilon.
+        second or both. For asking what the derivative through the statistics is good for.
 
     Returns:
       y, of the shape and dtype of x, and the updated statistics. In evaluation they are returned unchanged.
@@ -175,10 +174,7 @@ def apply(
 
     scale, bias = (p if p is None else jnp.expand_dims(p, reduced) for p in params)
     if train:
-        if detach:
-            y, batch = _detached(x, scale, bias, epsilon, mask, reduced, axis_name, detach)
-        else:
-            y, batch = _transform(x, scale, bias, epsilon, mask, reduced, axis_name)
+        y, batch = _transform(x, scale, bias, epsilon, mask, reduced, axis_name, tuple(detach))
         stats = _update(stats, batch, momentum, debias, unbiased)
     else:
         mean, var = (jnp.expand_dims(s, reduced) for s in (stats.mean, stats.var))
@@ -305,35 +301,17 @@ def _statistics(x, epsilon, mask, reduced, axis_name) -> _Standardized:
     return _Standardized(x_hat, origin + unit * mean, var, count, inv_sigma)
 
 
-def _transform(x, scale, bias, epsilon, mask, reduced, axis_name):
+def _transform(x, scale, bias, epsilon, mask, reduced, axis_name, detach=()):
     """Returns y = scale * x_hat + bias, and `_Standardized`. Scale and bias are [1, C] or None."""
     # An epsilon that is a number has no derivative for the backward pass to keep anything of.
     traced, number = (epsilon, None) if isinstance(epsilon, jax.core.Tracer) else (None, float(epsilon))
-    return _differentiable(x, scale, bias, traced, mask, reduced, axis_name, number)
+    return _differentiable(x, scale, bias, traced, mask, reduced, axis_name, number, detach)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7))
-def _differentiable(x, scale, bias, epsilon, mask, reduced, axis_name, number):
+@partial(jax.custom_jvp, nondiff_argnums=(5, 6, 7, 8))
+def _differentiable(x, scale, bias, epsilon, mask, reduced, axis_name, number, detach):
     batch = _statistics(x, number if epsilon is None else epsilon, mask, reduced, axis_name)
     return _affine(batch.x_hat, scale, bias), batch
-
-
-def _detached(x, scale, bias, epsilon, mask, reduced, axis_name, detach):
-    """`_transform` with one or both statistics constant to the derivative."""
-    batch = _transform(lax.stop_gradient(x), None, None, epsilon, mask, reduced, axis_name)[1]
-    x_hat = batch.x_hat
-    mean_of, _ = _averager(x_hat, mask, reduced, axis_name)
-    d = (x - lax.stop_gradient(x)).astype(x_hat.dtype)  # 0, with the derivative of x
-    if mask is not None:
-        d = jnp.where(mask, d, 0)
-    direct = d
-    if "mean" not in detach:
-        d = d - mean_of(direct)
-    if "var" not in detach:
-        d = d - x_hat * mean_of(x_hat * direct)
-    if mask is not None:
-        d = jnp.where(mask, d, 0)
-    return _affine(x_hat + batch.inv_sigma * d, scale, bias), batch
 
 
 def _affine(x_hat, scale, bias):
@@ -345,18 +323,19 @@ def _affine(x_hat, scale, bias):
 
 
 @_differentiable.defjvp
-def _differentiable_jvp(reduced, axis_name, number, primals, tangents):
+def _differentiable_jvp(reduced, axis_name, number, detach, primals, tangents):
     x, scale, bias, epsilon, mask = primals
     dx, dscale, dbias, depsilon, _ = tangents
     # The function itself again, so that a second derivative finds this rule again.
-    y, batch = _differentiable(x, scale, bias, epsilon, mask, reduced, axis_name, number)
+    y, batch = _differentiable(x, scale, bias, epsilon, mask, reduced, axis_name, number, detach)
     x_hat, _, _, count, inv_sigma = batch
     dx = dx.astype(x_hat.dtype)
     if mask is not None:
         dx = jnp.where(mask, dx, 0)
     mean_of, _ = _averager(x_hat, mask, reduced, axis_name)  # counts in the precision of x_hat
-    dmean = mean_of(dx)
-    covariance = mean_of(x_hat * dx)  # = d(var) / (2 sigma)
+    none = jnp.zeros_like(inv_sigma)
+    dmean = none if "mean" in detach else mean_of(dx)
+    covariance = none if "var" in detach else mean_of(x_hat * dx)  # = d(var) / (2 sigma)
     dsigma = covariance if depsilon is None else covariance + 0.5 * inv_sigma * depsilon
 
     # Three terms, each a [1, C] times what has N: their transpose sums the cotangent, and the cotangent times

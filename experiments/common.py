@@ -1,5 +1,6 @@
 """What the experiment scripts share: axes as text, cores, the output folder."""
 
+import concurrent.futures
 import contextlib
 import math
 import os
@@ -7,12 +8,13 @@ import shlex
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import rich.progress
 import xarray as xr
 from absl import flags, logging
 from rich.console import Console
@@ -172,6 +174,20 @@ def interruptible() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(130)
+
+
+def in_threads(
+    function: Callable[[Any], Any], arguments: Sequence[Any], description: str, count: int
+) -> list[Any]:
+    """[function(argument)], `count` at a time, in order; with a progress bar on a terminal's standard error."""
+    bar = Console(stderr=True)
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        found = pool.map(function, arguments)
+        return list(
+            rich.progress.track(
+                found, description, total=len(arguments), console=bar, disable=not bar.is_terminal
+            )
+        )
 
 
 def command(script: str, **changes: Any) -> str:

@@ -19,7 +19,6 @@ import itertools
 import math
 import queue
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +28,6 @@ import numpy as np
 import optax
 import xarray as xr
 from absl import app, flags
-from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 import bnjax
@@ -182,12 +179,7 @@ def on_all_devices(function: Callable[[Any], Any], arguments: list[Any], descrip
         finally:
             free.put(device)
 
-    console = Console(stderr=True)
-    with (
-        Progress(console=console, disable=not console.is_terminal) as bar,
-        ThreadPoolExecutor(len(devices)) as pool,
-    ):
-        return list(bar.track(pool.map(run, arguments), total=len(arguments), description=description))
+    return common.in_threads(run, arguments, description, len(devices))
 
 
 def measure_signals(job: Job) -> xr.Dataset:

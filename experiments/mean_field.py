@@ -16,7 +16,6 @@ activations share their weights at each batch size, so that the z of one batch s
 sizes 6 to 9 the squared gradient has a variance but no fourth moment, so that its standard error is heavy-tailed.
 """
 
-import concurrent.futures
 import functools
 import math
 from pathlib import Path
@@ -24,8 +23,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
 import xarray as xr
 from absl import app, flags
 from jax.sharding import Mesh, PartitionSpec
@@ -459,12 +456,8 @@ def growth_answer(results: xr.Dataset) -> str:
 
 
 def side_by_side(measure, jobs, what: str) -> list:
-    """[measure(*job), ...], two at a time since most of the time is compilation; with a bar on standard error."""
-    console = rich.console.Console(stderr=True)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        futures = [pool.submit(measure, *job) for job in jobs]
-        bar = rich.progress.track(futures, f"{what:8}", console=console, disable=not console.is_terminal)
-        return [future.result() for future in bar]
+    """[measure(*job), ...], two at a time since most of the time is compilation."""
+    return common.in_threads(lambda job: measure(*job), jobs, f"{what:8}", 2)
 
 
 def check_flags() -> tuple[list[str], list[int]]:

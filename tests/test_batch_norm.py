@@ -834,6 +834,24 @@ def test_detached_statistics(x64, detach, masked):
         np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("detach", [("mean",), ("var",), ("mean", "var")])
+def test_second_derivatives_with_detached_statistics(x64, detach):
+    """The rule is differentiated again: a detached statistic is a constant in every order."""
+    rng = np.random.default_rng(0)
+    x, a = rng.normal(size=(2, 6, 2)) + 0.5
+    params, stats = batch_norm.init(2, jnp.float64)
+    hold = {name: jax.lax.stop_gradient if name in detach else lambda s: s for name in ("mean", "var")}
+
+    def textbook(x):
+        mean = hold["mean"](x.mean(0))
+        return (a * (x - mean) / jnp.sqrt(hold["var"](((x - mean) ** 2).mean(0)) + 0.1)).sum()
+
+    def layer(x):
+        return (a * batch_norm.apply(params, stats, x, train=True, epsilon=0.1, detach=detach)[0]).sum()
+
+    np.testing.assert_allclose(jax.hessian(layer)(x), jax.hessian(textbook)(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("detach", ["mean", ("variance",)])
 def test_bad_detach(detach):
     params, stats = batch_norm.init(4)

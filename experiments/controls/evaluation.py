@@ -49,14 +49,18 @@ def measure(setup: Setup) -> xr.Dataset:
     return run(setup, models, setup.images, setup.config, axes, probe=probe)
 
 
+def early_and_last(results: xr.Dataset) -> list[int]:
+    """The probed step nearest to a tenth of the run, and the last one."""
+    steps = results.probe_step.values[1:]
+    return list(dict.fromkeys((int(steps[np.abs(steps - steps[-1] / 10).argmin()]), int(steps[-1]))))
+
+
 def judge(results: xr.Dataset) -> list[Finding]:
     """Early and at the end, for each momentum."""
     found = []
-    steps = results.probe_step.values
-    early = int(steps[1:][np.abs(steps[1:] - steps[-1] / 10).argmin()])
     gap = results.recomputed - results.running
     for name in results.model.values:
-        for step in dict.fromkeys((early, int(steps[-1]))):
+        for step in early_and_last(results):
             one = gap.sel(model=name, probe_step=step)
             medians = one.median("seed")
             worst = float(medians.idxmax("init_scale"))
@@ -100,11 +104,9 @@ def judge(results: xr.Dataset) -> list[Finding]:
 
 def draw(results: xr.Dataset):
     """Momentum by early and late."""
-    steps = results.probe_step.values
-    early = int(steps[1:][np.abs(steps[1:] - steps[-1] / 10).argmin()])
     shown = []
     for name in results.model.values:
-        for step in dict.fromkeys((early, int(steps[-1]))):
+        for step in early_and_last(results):
             one = 100 * results[["running", "batch", "recomputed"]].sel(model=name, probe_step=step)
             labels = {
                 "running": "running",

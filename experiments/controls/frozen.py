@@ -41,9 +41,8 @@ def judge(results: xr.Dataset) -> list[Finding]:
     accuracy = xr.concat(
         [final(results.sel(task=task), CHANCE[task]).test_accuracy for task in results.task.values], "task"
     )
-    gain = accuracy.sel(model="trained") - accuracy.sel(
-        model="frozen"
-    )  # the same draw of weights, seed by seed
+    # Seed by seed: both start from the same draw.
+    gain = accuracy.sel(model="trained") - accuracy.sel(model="frozen")
     angle = hidden(results.angle.sel(model="trained")).isel(probe_step=-1).median("layer")
     low, high = float(results.init_scale.min()), float(results.init_scale.max())
 
@@ -63,9 +62,7 @@ def judge(results: xr.Dataset) -> list[Finding]:
     def median(values):
         return float(values.median("seed"))
 
-    frozen = (
-        accuracy.sel(model="frozen").median("seed").max("init_scale")
-    )  # the best readout on random features
+    frozen = accuracy.sel(model="frozen").median("seed").max("init_scale")  # the best readout
     above = {
         task: median(at(accuracy.sel(task=task, model="trained"), low)) - float(frozen.sel(task=task))
         for task in CHANCE
