@@ -30,7 +30,6 @@ class Setup(NamedTuple):
     init_scales: list[float]
     values: dict[str, Any]  # {flag of GRID: its parsed value}
     network: dict[str, Any]  # what `bnjax.mlp` is given
-    side_by_side: bool  # whether two controls run at a time
     config: bnjax.TrainConfig
     hyper: bnjax.Hyperparams
     norms_rate: float  # the learning rate of the control of norms
@@ -86,9 +85,9 @@ def networks(
 
 
 def run(setup: Setup, models, ds: bnjax.Dataset, config: bnjax.TrainConfig, axes, *, hyper=None, probe=None):
-    """`bnjax.sweep`, without its progress where two controls run at a time."""
+    """`bnjax.sweep`, from what the flags ask for."""
     hyper = setup.hyper if hyper is None else hyper
-    return bnjax.sweep(models, ds, config, axes, hyper=hyper, probe=probe, progress=not setup.side_by_side)
+    return bnjax.sweep(models, ds, config, axes, hyper=hyper, probe=probe)
 
 
 def rates_and_scales(
