@@ -18,13 +18,14 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from bnjax import choices
-from bnjax.types import Array, Dataset, History, Hyperparams, Model, Probe, Snapshot
+from bnjax.types import Array, Dataset, History, Hyperparams, Model, Probe, PyTree, Snapshot
 
 LARGEST = float(jnp.finfo(jnp.float32).max)
 TEST_BATCH = 1000  # examples evaluated at once, so that memory does not grow with the test split
@@ -95,6 +96,45 @@ class TrainConfig:
         return (*range(every, self.steps, every), self.steps)
 
 
+class RunState(NamedTuple):
+    """A training run between two of its steps."""
+
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    good: tuple[
+        PyTree, PyTree
+    ]  # (params, batch_stats) before the last step: where a loss that is not finite leads
+    initial: tuple[PyTree, PyTree] | None  # (params, batch_stats) at the start, for a probe
+    diverged_step: jax.Array  # [] int32, -1 as long as it has not
+    averages: tuple[
+        jax.Array, jax.Array, jax.Array
+    ]  # training loss, accuracy and steps since the last evaluation
+
+
+class Recorded(NamedTuple):
+    """What evaluations leave behind, [evaluations, ...] each."""
+
+    curves: tuple[
+        jax.Array, jax.Array, jax.Array, jax.Array
+    ]  # the first four fields of History, maybe not finite
+    measured: dict[str, jax.Array]  # by the probe
+
+
+class Run(NamedTuple):
+    """A training run in parts, for whoever stops in between: pure functions, each for one cell.
+
+    start(hyper, ds) -> (RunState, {quantity: what the probe measured}).
+    advance(state, hyper, ds, first, steps, evaluations) -> (RunState, Recorded): `steps` steps, of which the first is
+        number `first` (it may be traced, the others not), in equal parts with an evaluation after each; or with none.
+    finish(state, recorded) -> History, from all evaluations of the run.
+    """
+
+    start: Callable[[Hyperparams, Dataset], tuple[RunState, dict[str, jax.Array]]]
+    advance: Callable[..., tuple[RunState, Recorded]]
+    finish: Callable[[RunState, Recorded], History]
+
+
 def make_train(
     model: Model, config: TrainConfig, probe: Probe | None = None
 ) -> Callable[[Hyperparams, Dataset], History | tuple[History, dict[str, Array]]]:
@@ -107,34 +147,80 @@ def make_train(
     `train` raises ValueError (when traced) if the batch is larger than the training split, or labels and
     examples differ in number.
     """
+    start, advance, finish = make_run(model, config, probe)
 
     def train(hyper, ds):
+        state, at_start = start(hyper, ds)
+        parts = []
+        for first, steps, evaluations in pieces(config):
+            state, recorded = advance(state, hyper, ds, first, steps, evaluations)
+            parts.append(recorded)
+        recorded = jax.tree.map(lambda *values: jnp.concatenate(values), *parts)
+        history = finish(state, recorded)
+        if probe is None:
+            return history
+        return history, jax.tree.map(
+            lambda first, rest: jnp.concatenate([first[None], rest]), at_start, recorded.measured
+        )
+
+    return train
+
+
+def pieces(config: TrainConfig, segment: int | None = None) -> list[tuple[int, int, int]]:
+    """The run in pieces (first step, steps, evaluations), none longer than `segment` steps, for `Run.advance`.
+
+    Where a segment has room for several evaluations it holds as many as fit; a way to the next evaluation that is
+    longer is cut into segments without one and the rest with it. Without `segment`: as few pieces as can be.
+    """
+    every = min(config.eval_every or config.steps, config.steps)
+    segment = segment or config.steps
+    found, first = [], 0
+    while first < config.steps:
+        until = (config.steps - first) // every  # whole intervals that are left
+        if first % every == 0 and until and every <= segment:
+            found.append((first, every * min(until, segment // every), min(until, segment // every)))
+        else:
+            left = min(every - first % every, config.steps - first)
+            found.append((first, min(left, segment), int(left <= segment)))
+        first += found[-1][1]
+    return found
+
+
+def make_run(model: Model, config: TrainConfig, probe: Probe | None = None) -> Run:
+    """The parts that `make_train` is made of, which may be called one by one."""
+
+    def probed(state, ds, hyper):
+        if probe is None:
+            return {}
+        measured = probe.measure(Snapshot(state.params, state.batch_stats, *state.initial, ds, hyper))
+        return {name: jnp.asarray(value) for name, value in measured.items()}
+
+    def start(hyper, ds):
         _check_shapes(ds, config)
         hyper = _as_32_bit(hyper)
+        drawn = model.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
+        opt_state = OPTIMIZERS[config.optimizer](hyper).init(drawn[0])
+        averages = (jnp.float32(LARGEST), jnp.float32(0), jnp.int32(0))
+        initial = None if probe is None else drawn
+        state = RunState(*drawn, opt_state, drawn, initial, jnp.int32(-1), averages)
+        return state, probed(state, ds, hyper)
+
+    def advance(state, hyper, ds, first, steps, evaluations):
+        hyper = _as_32_bit(hyper)
         optimizer = OPTIMIZERS[config.optimizer](hyper)
-        params, batch_stats = model.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
-        initial = (params, batch_stats)
-        state = (params, batch_stats, optimizer.init(params))
         num_train = len(ds.train_x)
         steps_per_epoch = num_train // config.batch_size
         data_key = jax.random.key(config.data_seed)
 
+        def order_of(epoch):
+            return jax.random.permutation(jax.random.fold_in(data_key, epoch), num_train)
+
         def mini_batch(order, step):
             """The step's examples, and the order of the epoch it is in."""
             epoch, position = step // steps_per_epoch, step % steps_per_epoch
-            order = jax.lax.cond(
-                position == 0,
-                lambda: jax.random.permutation(jax.random.fold_in(data_key, epoch), num_train),
-                lambda: order,
-            )
+            order = jax.lax.cond(position == 0, lambda: order_of(epoch), lambda: order)
             chosen = jax.lax.dynamic_slice(order, (position * config.batch_size,), (config.batch_size,))
             return jnp.asarray(ds.train_x)[chosen], jnp.asarray(ds.train_y)[chosen], order
-
-        def probed(params, batch_stats):
-            if probe is None:
-                return {}
-            measured = probe.measure(Snapshot(params, batch_stats, *initial, ds, hyper))
-            return {name: jnp.asarray(value) for name, value in measured.items()}
 
         def loss_fn(params, batch_stats, x, y):
             logits, batch_stats = model.apply(params, batch_stats, x, train=True)
@@ -142,60 +228,48 @@ def make_train(
             return loss, (accuracy, batch_stats)
 
         def one_step(carry, step):
-            state, previous, order, diverged_step, averages = carry
-            params, batch_stats, opt_state = state
+            state, order = carry
             x, y, order = mini_batch(order, step)
             (loss, (accuracy, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                params, batch_stats, x, y
+                state.params, state.batch_stats, x, y
             )
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
 
-            alive = diverged_step < 0
-            averages = _add(averages, loss, accuracy, alive & jnp.isfinite(loss))
+            alive = state.diverged_step < 0
+            averages = _add(state.averages, loss, accuracy, alive & jnp.isfinite(loss))
             finite = jnp.isfinite(loss) & _all_finite((params, batch_stats))
-            diverged_step = jnp.where(alive & ~finite, step, diverged_step)
-            new = (params, batch_stats, opt_state)
+            diverged_step = jnp.where(alive & ~finite, step, state.diverged_step)
             # A loss that is not finite condemns the state that it was computed in: back to the one before.
-            good = _select(alive & ~jnp.isfinite(loss), previous, state[:2])
-            alive = diverged_step < 0
-            state = _select(alive, new, (*good, state[2]))
-            return (state, good, order, diverged_step, averages), None
+            here = (state.params, state.batch_stats)
+            good = _select(alive & ~jnp.isfinite(loss), state.good, here)
+            new = _select(diverged_step < 0, (params, batch_stats, opt_state), (*good, state.opt_state))
+            return (RunState(*new, good, state.initial, diverged_step, averages), order), None
 
-        def segment(carry, steps):
+        def to_evaluation(carry, steps):
             """The steps up to the next evaluation, and the evaluation."""
-            *carry, (loss, accuracy, _) = carry
-            averages = (loss, accuracy, jnp.int32(0))
-            carry, _ = jax.lax.scan(one_step, (*carry, averages), steps)
-            (params, batch_stats, _), _, _, _, (train_loss, train_accuracy, _) = carry
-            test_loss, test_accuracy = _evaluate(model, params, batch_stats, ds.test_x, ds.test_y)
-            curves = (train_loss, train_accuracy, test_loss, test_accuracy)
-            return carry, (curves, probed(params, batch_stats))
+            (state, order), _ = jax.lax.scan(one_step, carry, steps)
+            loss, accuracy, _ = state.averages
+            test = _evaluate(model, state.params, state.batch_stats, ds.test_x, ds.test_y)
+            recorded = Recorded((loss, accuracy, *test), probed(state, ds, hyper))
+            return (state._replace(averages=(loss, accuracy, jnp.int32(0))), order), recorded
 
-        averages = (jnp.float32(LARGEST), jnp.float32(0), jnp.int32(0))
-        carry = (state, state[:2], jnp.arange(num_train), jnp.int32(-1), averages)
-        every = config.eval_every or config.steps
-        whole = config.steps // every
-        carry, recorded = jax.lax.scan(
-            segment, carry, jnp.arange(whole * every, dtype=jnp.int32).reshape(whole, every)
-        )
-        if whole * every < config.steps:
-            carry, last = segment(carry, jnp.arange(whole * every, config.steps, dtype=jnp.int32))
-            recorded = jax.tree.map(lambda c, v: jnp.concatenate([c, v[None]]), recorded, last)
-        curves, measured = recorded
-        *_, diverged_step, _ = carry
-        overflowed = (diverged_step < 0) & ~jnp.isfinite(curves[2][-1])
-        diverged_step = jnp.where(overflowed, config.steps, diverged_step)
+        numbers = first + jnp.arange(steps, dtype=jnp.int32)
+        carry = (state, order_of(first // steps_per_epoch))
+        if evaluations:
+            carry, recorded = jax.lax.scan(to_evaluation, carry, numbers.reshape(evaluations, -1))
+        else:
+            carry, recorded = jax.lax.scan(one_step, carry, numbers)[0], None
+        return carry[0], recorded
+
+    def finish(state, recorded):
+        curves = recorded.curves
+        overflowed = (state.diverged_step < 0) & ~jnp.isfinite(curves[2][-1])
+        diverged_step = jnp.where(overflowed, config.steps, state.diverged_step)
         curves = [jnp.where(jnp.isfinite(curve), curve, LARGEST) for curve in curves]
-        history = History(*curves, diverged=diverged_step >= 0, diverged_step=diverged_step)
-        if probe is None:
-            return history
-        start = probed(*initial)
-        return history, jax.tree.map(
-            lambda first, rest: jnp.concatenate([first[None], rest]), start, measured
-        )
+        return History(*curves, diverged=diverged_step >= 0, diverged_step=diverged_step)
 
-    return train
+    return Run(start, advance, finish)
 
 
 def _loss_and_accuracy(logits, labels):

@@ -5,10 +5,14 @@ import contextlib
 import math
 import os
 import shlex
+import shutil
+import signal
+import socket
 import sys
 import tempfile
+import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,9 @@ import rich.progress
 import xarray as xr
 from absl import flags, logging
 from rich.console import Console
+from rich.table import Table
 
 from bnjax.sweeps import store
-from bnjax.types import History
 
 RESULTS = "results.zarr"
 MOST_VALUES = 1_000_000  # on one axis
@@ -91,54 +95,58 @@ def parse_seeds(flag: str, text: str) -> list[int]:
     return list(seeds)
 
 
-def finished_results(folder: Path, asked: Mapping[str, Any], *, overwrite: bool) -> xr.Dataset | None:
-    """Makes the output folder ready: results in it that are just what is asked for, or None for a free place.
+@contextlib.contextmanager
+def replacing(path: Path, overwrite: bool) -> Iterator[None]:
+    """With `overwrite`, what is at `path` is put aside, and removed when new results are in its place, or put back."""
+    aside = path.with_name(f".{path.name}.before")
+    if not (overwrite and path.exists()):
+        yield
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        aside.rename(path)
+        raise
+    shutil.rmtree(aside)
 
-    Args:
-      folder: made if need be.
-      asked: attributes that the results must have.
-      overwrite: whatever is there may go.
+
+def is_done(path: Path) -> bool:
+    """Whether all chunks of the results at `path` are committed; False if there are none."""
+    with contextlib.suppress(store.Damaged):
+        files = store.Files(path, write=False)
+        layout = store.read_layout(files)
+        return layout is not None and len(files.list(store.LEDGER)) == len(layout.chunks())
+    return False
+
+
+def status_table(path: Path) -> Table:
+    """What of the results at `path` is done, without training or loading any data.
 
     Raises:
-      OSError: if the folder cannot be written.
-      ValueError: if something else is there, or what is there is damaged; it says in what the results differ.
+      ValueError: if there are none.
     """
-    check_writable(folder)
-    if overwrite:
-        return None
-    if not (folder / RESULTS).exists():
-        if any(folder.iterdir()):
-            raise ValueError(
-                f"--out={folder} is not empty and holds no {RESULTS}; choose another, or --overwrite"
-            )
-        return None
-    try:
-        found = store.load(folder / RESULTS)
-        missing = {*History._fields} - {*found.data_vars}
-        if missing or found.isnull().any().to_array().any():
-            raise ValueError(f"without {', '.join(sorted(missing)) or 'some of its chunks'}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{folder / RESULTS} is damaged ({error}); choose another --out, or --overwrite"
-        ) from error
-    different = [name for name in asked if found.attrs.get(name) != asked[name]]
-    if different:
-        changes = "; ".join(f"{name}: {_changes(found.attrs.get(name), asked[name])}" for name in different)
-        raise ValueError(f"--out={folder} holds other results ({changes}); choose another, or --overwrite")
+    files = store.Files(path, write=False)
+    layout = store.read_layout(files)
+    if layout is None:
+        raise ValueError(f"{path} holds no results of a sweep")
+    entries, checkpoints = ({*files.list(folder)} for folder in (store.LEDGER, store.CHECKPOINT))
+    found = Table(title=str(path), caption=_writers(files), caption_justify="left")
+    for column in ("network", "cells committed", "cells", "chunks with a checkpoint"):
+        found.add_column(column, justify="left" if column == "network" else "right")
+    for i, name in enumerate(layout.models):
+        chunks = [chunk for chunk in layout.chunks() if chunk.model == i]
+        done = sum(len(chunk.cells) for chunk in chunks if chunk.key in entries)
+        started = sum(chunk.key in checkpoints for chunk in chunks)
+        found.add_row(name, f"{done:,}", f"{sum(len(c.cells) for c in chunks):,}", f"{started:,}")
     return found
 
 
-def _changes(old: Any, new: Any) -> str:
-    """`key: old -> new` for what differs between two JSON values."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        return ", ".join(f"{key} {_changes(old.get(key), new.get(key))}" for key in keys)
-    return f"{_short(old)} there, {_short(new)} asked for"
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _writers(files: store.Files) -> str:
+    writing = [f"process {one['pid']} on {one['host']}" for one in store.writers(files)]
+    return f"being written by {', '.join(writing)}" if writing else "nobody is writing there"
 
 
 def check_writable(folder: Path) -> None:
@@ -168,12 +176,43 @@ def save(results: xr.Dataset, folder: Path, *, overwrite: bool) -> Path:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Ends the process at once at Ctrl-C, with status 130: JAX would first wait for the chunk that is running."""
+    """Ends the process at once at Ctrl-C and SIGTERM, with status 130 and 143: JAX would first finish what is running.
+
+    Nothing that was stored is lost: whatever is written is either whole or does not count.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch():
+        # Python's own handlers wait for the main thread, which may be in a long call; this descriptor does not.
+        while number := reader.recv(1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM):
+                leave(number[0])
+
+    def leave(number):
+        print(
+            f"interrupted ({signal.Signals(number).name}); what was stored is kept",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(writer.fileno())
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        os._exit(130)
+        leave(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.set_wakeup_fd(before[1])
+        writer.close()
+        watching.join()
+        reader.close()
 
 
 def in_threads(

@@ -33,7 +33,7 @@ from rich.table import Table
 import bnjax
 from bnjax import activations, batch_norm, choices, probes
 from bnjax.models import mlp
-from bnjax.sweeps import grid, store
+from bnjax.sweeps import grid, record, store
 from bnjax.theory import mean_field
 from bnjax.types import PyTree
 from experiments import common
@@ -407,7 +407,7 @@ def description(job: Job) -> dict[str, Any]:
         "thresholds": job.thresholds,
         "batch_size": FLAGS.batch_size,
         "loss": FLAGS.loss,
-        "versions": store.circumstances({})["versions"],
+        "versions": record.versions(),
         "command": common.command(SCRIPT),
     }
 

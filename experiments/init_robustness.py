@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import xarray as xr
 from absl import app, flags
 from rich.table import Table
@@ -18,7 +19,7 @@ from rich.table import Table
 import bnjax
 from bnjax import activations, choices, plots, training
 from bnjax.models import mlp
-from bnjax.sweeps import grid, robustness, store
+from bnjax.sweeps import grid, robustness, run, store
 from experiments import common
 
 FLAGS = flags.FLAGS
@@ -59,7 +60,16 @@ flags.DEFINE_integer("data_seed", 0, "Draws the order of the data, shared by all
 flags.DEFINE_float("threshold", 0.8, "Fraction of the best median accuracy that counts as 'trains'.")
 flags.DEFINE_string("out", "results/init_robustness", "Output folder.")
 flags.DEFINE_bool("overwrite", False, "Replace results of another configuration in the output folder.")
+flags.DEFINE_list(
+    "allow_changed", "", f"What may differ from results that are continued, of {', '.join(run.CHANGES)}."
+)
+flags.DEFINE_float("checkpoint_minutes", 5.0, "Most minutes of work that may be lost.", lower_bound=0.0)
+flags.DEFINE_bool("status", False, "Only say what of the results is done.")
 flags.DEFINE_integer("width", None, "Cells vmapped together on one device. Default: chosen.", lower_bound=1)
+flags.DEFINE_integer(
+    "segment", None, "Most steps in one call of the program. Default: chosen.", lower_bound=1
+)
+flags.DEFINE_integer("devices", None, "Local devices to use. Default: all.", lower_bound=1)
 
 SCRIPT = "init_robustness"
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
@@ -75,29 +85,40 @@ class Job(NamedTuple):
     axes: dict[str, list[float]]
     hyper: bnjax.Hyperparams
     data_args: dict[str, Any]
+    devices: list[jax.Device]
 
 
 @common.interruptible()
 def main(argv: list[str]) -> None:
     """Flags -> sweep -> table, figure, stored result."""
     common.prepare_process()
-    folder = Path(FLAGS.out).expanduser()
+    path = Path(FLAGS.out).expanduser() / common.RESULTS
     try:
-        job = prepare(argv, folder)
-    except (ValueError, OSError, ImportError) as error:
+        if FLAGS.status:
+            common.console().print(common.status_table(path))
+            return
+        job = prepare(argv, path.parent)
+        if common.is_done(path) and not FLAGS.overwrite:
+            print(f"All cells of {path} are done; they are checked, and what is whole is not trained again.")
+        with common.replacing(path, FLAGS.overwrite):
+            results = bnjax.sweep(
+                *job[:4],
+                hyper=job.hyper,
+                path=path,
+                allow_changed=FLAGS.allow_changed,
+                checkpoint_minutes=FLAGS.checkpoint_minutes,
+                about={"data": job.data_args, "command": common.command(SCRIPT)},
+                width=FLAGS.width,
+                segment=FLAGS.segment,
+                devices=job.devices,
+            )
+    except (ValueError, OSError, ImportError, store.Busy) as error:
         raise common.fail(str(error)) from None
-    if isinstance(job, xr.Dataset):
-        print(f"These results stand in {folder} already; nothing to train.")
-        results, path = job, folder / common.RESULTS
-    else:
-        results = bnjax.sweep(*job[:4], hyper=job.hyper, width=FLAGS.width)
-        results.attrs |= {"data": job.data_args, "command": common.command(SCRIPT)}
-        path = common.save(results, folder, overwrite=FLAGS.overwrite)
     report(results, path)
 
 
-def prepare(argv: list[str], folder: Path) -> Job | xr.Dataset:
-    """The job, after every check that can be made before training; or its results, if they stand in `folder`."""
+def prepare(argv: list[str], folder: Path) -> Job:
+    """The job, after every check that can be made before training."""
     common.check_arguments(argv)
     if not 0 < FLAGS.threshold <= 1:
         raise ValueError(f"--threshold must be in (0, 1], got {FLAGS.threshold}")
@@ -107,7 +128,7 @@ def prepare(argv: list[str], folder: Path) -> Job | xr.Dataset:
         "learning_rate": common.parse_floats("learning_rates", FLAGS.learning_rates),
     }
     hyper = bnjax.Hyperparams(momentum=FLAGS.momentum, weight_decay=FLAGS.weight_decay)
-    coords = grid.check(axes, hyper)
+    grid.check(axes, hyper)
     config = bnjax.TrainConfig(
         steps=FLAGS.steps,
         batch_size=FLAGS.batch_size,
@@ -127,14 +148,17 @@ def prepare(argv: list[str], folder: Path) -> Job | xr.Dataset:
         "train_examples": FLAGS.train_examples,
         "standardize": FLAGS.standardize,
     }
-    asked = store.describe(models, config, hyper, coords) | {"data": data_args}
-    finished = common.finished_results(folder, asked, overwrite=FLAGS.overwrite)
-    if finished is not None:
-        return finished
+    common.check_writable(folder)
+    others = [p.name for p in folder.iterdir() if not p.name.startswith(f".{common.RESULTS}")]
+    if others and common.RESULTS not in others:
+        raise ValueError(f"--out={folder} is not empty and holds no {common.RESULTS}; choose another")
+    devices = jax.local_devices()[: FLAGS.devices]
+    if FLAGS.devices is not None and FLAGS.devices > len(devices):
+        raise ValueError(f"--devices must be at most the {len(devices)} that there are, got {FLAGS.devices}")
     ds = bnjax.data.load(**data_args, data_dir=FLAGS.data_dir, manual_dir=FLAGS.manual_dir)
     for model in models.values():
         training.check(model, ds, config)
-    return Job(models, ds, config, axes, hyper, data_args)
+    return Job(models, ds, config, axes, hyper, data_args, devices)
 
 
 def networks() -> tuple[dict[str, bnjax.Model], dict[str, str]]:

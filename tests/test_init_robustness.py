@@ -110,7 +110,7 @@ def test_whole_run(main, tmp_path, capsys):
     # The same again trains nothing and shows the same table.
     main()
     again = capsys.readouterr().out
-    assert "nothing to train" in again
+    assert "All cells of" in again
     assert [line for line in again.splitlines() if "│" in line] == [
         line for line in out.splitlines() if "│" in line
     ]
@@ -118,7 +118,7 @@ def test_whole_run(main, tmp_path, capsys):
 
 def test_other_results_are_refused_unless_they_may_be_replaced(main, tmp_path):
     main(**ONE_NETWORK)
-    with pytest.raises(SystemExit, match=r"holds other results \(config: steps 15 there, 16 asked for\)"):
+    with pytest.raises(SystemExit, match=r"holds other results: config\.steps: 15 there, 16 asked for; "):
         main(**ONE_NETWORK, steps=16)
     assert bnjax.load_results(tmp_path / "out" / "results.zarr").attrs["config"]["steps"] == 15
     main(**ONE_NETWORK, steps=16, overwrite=True)
@@ -185,7 +185,7 @@ def test_learning_rates_and_initializers(main, capsys, tmp_path):
     ],
 )
 def test_bad_input_before_any_work(main, monkeypatch, tmp_path, options, words):
-    monkeypatch.setattr(bnjax.sweeps.run, "run_cells", lambda *_: pytest.fail("work was started"))
+    monkeypatch.setattr(bnjax.sweeps.run, "train_chunk", lambda *_: pytest.fail("work was started"))
     with pytest.raises(SystemExit, match=words) as error:
         main(**options)
     assert str(error.value).startswith("error: ")  # a text: Python prints it to stderr and exits with 1
@@ -200,20 +200,35 @@ def test_output_folder_with_other_files_is_not_touched(main, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
-def test_damaged_results_are_named_and_kept(main, tmp_path):
+def test_damaged_results_are_named_and_trained_again(main, tmp_path, caplog):
     main(**ONE_NETWORK)
-    chunk = next((tmp_path / "out" / "results.zarr" / "test_loss" / "c").rglob("0"))
-    while chunk.is_dir():
-        chunk = next(chunk.iterdir())
-    kept = chunk.read_bytes()
-    for damage in (lambda: chunk.write_bytes(b"no chunk"), chunk.unlink):
+    path = tmp_path / "out" / "results.zarr"
+    whole = bnjax.load_results(path)
+    chunk = next(p for p in (path / "test_loss" / "c").rglob("*") if p.is_file())
+    for damage in (
+        lambda: chunk.write_bytes(b"no chunk"),
+        chunk.unlink,
+        lambda: shutil.rmtree(path / "test_loss"),
+    ):
         damage()
-        with pytest.raises(SystemExit, match=r"results\.zarr is damaged \(.*\); choose another --out"):
-            main(**ONE_NETWORK)
-    chunk.write_bytes(kept)
-    shutil.rmtree(tmp_path / "out" / "results.zarr" / "diverged")
-    with pytest.raises(SystemExit, match=r"results\.zarr is damaged \(without diverged\)"):
+        with pytest.raises(ValueError, match=r"results\.zarr is damaged"):
+            bnjax.load_results(path)
+        caplog.clear()
         main(**ONE_NETWORK)
+        assert "cells 0 to 5 of no BN" in caplog.text
+        assert "trained again" in caplog.text
+        assert bnjax.load_results(path).identical(whole)
+
+
+def test_status(main, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="holds no results of a sweep"):
+        main(status=True)
+    main(**ONE_NETWORK)
+    capsys.readouterr()
+    main(status=True)
+    out = capsys.readouterr().out
+    assert "nobody is writing there" in out
+    assert re.search(r"no BN\s+│\s+6\s+│\s+6\s", out)
 
 
 def test_results_of_a_run_that_was_overtaken_are_kept(tmp_path, capsys):

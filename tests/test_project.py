@@ -45,6 +45,8 @@ ORDER = [
     "sweeps.grid",
     "sweeps.plan",
     "sweeps.progress",
+    "sweeps.record",
+    "sweeps.program",
     "sweeps.store",
     "sweeps.run",
     "sweeps.robustness",

@@ -66,15 +66,18 @@ class TestGrid:
 class TestPlan:
     def test_depends_on_the_network_not_on_the_cells(self, blobs):
         images = blobs._replace(train_x=np.zeros((2, 28, 28, 1), np.float32))
-        assert plan.make_plan(bnjax.mlp((512,) * 3), images).width < plan.make_plan(MODEL, blobs).width
-        assert plan.make_plan(MODEL, blobs).devices == tuple(jax.local_devices())
+        assert (
+            plan.make_plan(bnjax.mlp((512,) * 3), images, CONFIG).width
+            < plan.make_plan(MODEL, blobs, CONFIG).width
+        )
+        assert plan.make_plan(MODEL, blobs, CONFIG).devices == tuple(jax.local_devices())
 
     def test_chunk(self, blobs):
-        assert plan.make_plan(MODEL, blobs, width=3).chunk == 3 * len(jax.local_devices())
+        assert plan.make_plan(MODEL, blobs, CONFIG, width=3).group == 3 * len(jax.local_devices())
 
     def test_bad_width(self, blobs):
         with pytest.raises(ValueError, match="width must be at least 1, got 0"):
-            plan.make_plan(MODEL, blobs, width=0)
+            plan.make_plan(MODEL, blobs, CONFIG, width=0)
 
 
 class TestSweep:
@@ -146,7 +149,7 @@ class TestSweep:
         ],
     )
     def test_bad_probes(self, blobs, monkeypatch, probe, words):
-        monkeypatch.setattr(run, "run_cells", lambda *_: pytest.fail("work was started"))
+        monkeypatch.setattr(run, "train_chunk", lambda *_: pytest.fail("work was started"))
         with pytest.raises(ValueError, match=words):
             sweep(blobs, {"seed": [0]}, probe=probe)
 
@@ -181,7 +184,7 @@ class TestSweep:
         ],
     )
     def test_bad_input_before_any_work(self, blobs, monkeypatch, model, change, words):
-        monkeypatch.setattr(run, "run_cells", lambda *_: pytest.fail("work was started"))
+        monkeypatch.setattr(run, "train_chunk", lambda *_: pytest.fail("work was started"))
         with pytest.raises(ValueError, match=words):
             sweep(blobs._replace(**change), {"seed": [0]}, model)
 

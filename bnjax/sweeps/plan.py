@@ -1,15 +1,16 @@
 """How a sweep is run on the devices at hand: the one place where that is decided.
 
-A cell's result may differ in its last bits between widths, so the width depends on the network, the
-configuration and the kind of device only: never on how many cells there are.
+A cell's result may differ in its last bits between widths, and between segments of a run, so that both depend on the
+network, the configuration and the kind of device only: never on how many cells there are.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
+from bnjax.training import TrainConfig
 from bnjax.types import Dataset, Model
 
 # On a CPU a group of cells is fastest while its parameters, gradients and optimizer state stay in cache.
@@ -18,6 +19,10 @@ CPU_MAX_WIDTH = 16
 # On an accelerator many cells are needed to fill it; the group's state takes a small part of memory.
 ACCELERATOR_BYTES = 2 * 2**30
 ACCELERATOR_MAX_WIDTH = 256
+# A long run is cut into segments of about a minute, by a cautious guess of a device's speed, so that it can be stored.
+SEGMENT_SECONDS = 60
+CPU_FLOPS, ACCELERATOR_FLOPS = 5e10, 5e12
+GROUPS = 64  # calls of the compiled program between two commits, where the grid has as many cells
 
 
 class Plan(NamedTuple):
@@ -25,35 +30,64 @@ class Plan(NamedTuple):
 
     width: int  # cells vmapped together on one device
     devices: tuple[jax.Device, ...]  # each runs `width` cells at a time
+    segment: int  # most steps in one call of the compiled program
 
     @property
-    def chunk(self) -> int:
+    def group(self) -> int:
         """Cells in one call of the compiled program."""
         return self.width * len(self.devices)
 
+    @property
+    def chunk(self) -> int:
+        """Most cells that are committed to the store together."""
+        return GROUPS * self.group
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "width": self.width,
+            "devices": len(self.devices),
+            "segment": self.segment,
+        }
+
 
 def make_plan(
-    model: Model, ds: Dataset, *, width: int | None = None, devices: Sequence[jax.Device] | None = None
+    model: Model,
+    ds: Dataset,
+    config: TrainConfig,
+    *,
+    width: int | None = None,
+    segment: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    stored: Mapping[str, Any] | None = None,
 ) -> Plan:
-    """Chooses the width by the size of the network's parameters.
+    """Chooses the width and the segment by the size of the network's parameters.
 
     Args:
       model: the network.
       ds: the data, for its input shape.
+      config: what is the same for all cells.
       width: to be used instead of the chosen one.
+      segment: likewise.
       devices: default: all local devices.
+      stored: the plan of the results that are continued, from `Plan.as_dict`: its width and segment are kept.
 
     Raises:
-      ValueError: if `width` is below 1.
+      ValueError: if `width` or `segment` is below 1.
     """
     devices = tuple(devices or jax.local_devices())
+    for name, value in {"width": width, "segment": segment}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    params, _ = jax.eval_shape(lambda: model.init(jax.random.key(0), ds.train_x.shape[1:], 1.0))
+    size = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
+    state = 3 * sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params))
+    cpu = devices[0].platform == "cpu"
+    memory, most = (CPU_CACHE_BYTES, CPU_MAX_WIDTH) if cpu else (ACCELERATOR_BYTES, ACCELERATOR_MAX_WIDTH)
+    if stored is not None:
+        return Plan(width or stored["width"], devices, min(segment or stored["segment"], config.steps))
     if width is None:
-        params, _ = jax.eval_shape(lambda: model.init(jax.random.key(0), ds.train_x.shape[1:], 1.0))
-        state = 3 * sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params))
-        cpu = devices[0].platform == "cpu"
-        memory, most = (CPU_CACHE_BYTES, CPU_MAX_WIDTH) if cpu else (ACCELERATOR_BYTES, ACCELERATOR_MAX_WIDTH)
-        width = min(most, max(1, memory // max(state, 1)))
-        width = 2 ** int(math.log2(width))
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
-    return Plan(width, devices)
+        width = 2 ** int(math.log2(min(most, max(1, memory // max(state, 1)))))
+    flops = 6 * max(size, 1) * config.batch_size * width
+    segment = segment or max(1, int(SEGMENT_SECONDS * (CPU_FLOPS if cpu else ACCELERATOR_FLOPS) / flops))
+    return Plan(width, devices, min(segment, config.steps))

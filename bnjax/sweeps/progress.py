@@ -14,7 +14,7 @@ class Progress:
     On a terminal one line that is kept up to date; elsewhere a line a minute, and one at the end.
     """
 
-    def __init__(self, total: int, *, enabled: bool):
+    def __init__(self, total: int, *, done: int = 0, enabled: bool):
         console = rich.console.Console(stderr=True)
         self._lines = enabled and not console.is_terminal
         self._bar = rich.progress.Progress(
@@ -26,7 +26,8 @@ class Progress:
             console=console,
             disable=not enabled or self._lines,
         )
-        self._task = self._bar.add_task("", total=total, left="left", note="compiling")
+        self._task = self._bar.add_task("", total=total, completed=done, left="left", note="compiling")
+        self._done_before = done
         self._diverged = 0
         self._start = self._last_line = time.monotonic()
 
@@ -42,7 +43,7 @@ class Progress:
         self._diverged += diverged
         task = self._bar.tasks[0]
         seconds = time.monotonic() - self._start
-        speed = (task.completed + cells) / seconds
+        speed = (task.completed + cells - self._done_before) / seconds
         self._bar.update(
             self._task,
             advance=cells,

@@ -1,24 +1,30 @@
-"""MANY training runs: every cell of a grid, in chunks, on all local devices."""
+"""MANY training runs: every cell of a grid, in chunks, on all local devices, into a store.
 
+The store is in memory, or a folder or URL that outlasts the process: then the same sweep, asked for again, goes on
+where it stopped. Processes of one `jax.distributed` job each take a share of the chunks.
+"""
+
+import bisect
+import contextlib
 import functools
+import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bnjax.sweeps import grid
+from bnjax import choices
+from bnjax.sweeps import grid, program, store
 from bnjax.sweeps.plan import Plan, make_plan
 from bnjax.sweeps.progress import Progress
-from bnjax.sweeps.store import circumstances, describe
-from bnjax.training import TrainConfig, check, make_train
-from bnjax.types import ApplyFn, Dataset, History, Hyperparams, InitFn, Model, Probe, Snapshot
-
-# LLVM's levels above 1 took 1.5 to 1.8 times the compile time, and gave programs of the same speed
-# (0.96 to 1.05 times, five networks; products and sums are library calls).
-CPU_COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
+from bnjax.sweeps.record import circumstances, describe, differences, fingerprint
+from bnjax.training import Recorded, TrainConfig, check, pieces
+from bnjax.types import Dataset, History, Hyperparams, Model, Probe, Snapshot
 
 LONG_NAMES = {
     "train_loss": "training loss (cross-entropy, nats)",
@@ -28,6 +34,8 @@ LONG_NAMES = {
     "diverged": "whether the run became non-finite",
     "diverged_step": "first step with a non-finite loss or state; -1: none",
 }
+DTYPES = {"diverged": "bool", "diverged_step": "int32"}  # of the History; others: float32
+CHANGES = ("models", "config", "data", "versions", "device", "plan")  # what may be allowed to change
 
 
 def sweep(
@@ -38,7 +46,12 @@ def sweep(
     *,
     hyper: Hyperparams = Hyperparams(),  # noqa: B008 (immutable)
     probe: Probe | Mapping[str, Probe] | None = None,
+    path: store.StoreLike | None = None,
+    allow_changed: Sequence[str] = (),
+    checkpoint_minutes: float | int = 5.0,
+    about: Mapping[str, Any] | None = None,
     width: int | None = None,
+    segment: int | None = None,
     devices: Sequence[jax.Device] | None = None,
     progress: bool = True,
 ) -> xr.Dataset:
@@ -47,6 +60,10 @@ def sweep(
     A cell's result depends on its own hyperparameters, the data and the configuration; on CPU, for one
     `width`, bitwise so, whatever the grid, the order, the neighbours or the number of devices. Memory
     does not grow with the number of cells, but for the results themselves; each device holds the data.
+
+    With a `path`, finished cells are committed there chunk by chunk. The same call again trains what is missing, and
+    ends as if it had never been interrupted; with a larger grid, which has all the cells of the old one, it keeps
+    these. What is found damaged is said, and trained again.
 
     Args:
       model: a network, or {name: network}; the latter adds the labelled dimension "model".
@@ -57,7 +74,16 @@ def sweep(
       probe: measures each run before its first step and at each evaluation (`bnjax.Probe`); several models may have
         one each, {name: probe}, of the same quantities and layers. The compiled program is kept for the probe
         itself: pass the same one again to compile nothing. The last bits of a run may differ from those without.
-      width: cells vmapped together on one device; default: chosen for network and device.
+      path: where the results are kept: a local folder, a URL or a zarr store. None: in memory.
+      allow_changed: what may differ from the results at `path` that are continued, of "models", "config", "data",
+        "versions" (of packages and of bnjax's code), "device" and "plan". The change is recorded with the results.
+      checkpoint_minutes: most minutes of work that are lost when the process dies, but for what one call of the
+        compiled program takes.
+      about: further attributes to keep with the results, such as the command that made them; what is under "data"
+        there joins the data's fingerprint, and must agree when results are continued.
+      width: cells vmapped together on one device; default: that of the results at `path`, or chosen for network and
+        device.
+      segment: most steps in one call of the compiled program; default: likewise.
       devices: default: all local devices.
       progress: show cells done, cells diverged and the time left.
 
@@ -69,51 +95,207 @@ def sweep(
       Its attributes hold the configuration and the versions of what made it.
 
     Raises:
-      ValueError: for axes, hyperparameters, data, probes or a width that are not allowed, before any work.
+      ValueError: for axes, hyperparameters, data, probes or a width that are not allowed, or if what stands at
+        `path` was made by another sweep (it says in what they differ), before any work.
+      Damaged: (a ValueError) if what stands there is damaged beyond repair.
+      Busy: if another run is writing there.
+      OSError: if the results cannot be written. What was committed stays.
     """
     models = dict(model) if isinstance(model, Mapping) else {"": model}
     if not models:
         raise ValueError("model is an empty mapping")
     coords = grid.check(axes, hyper)
-    cells = grid.cells(coords, hyper)
+    for change in allow_changed:
+        choices.check("allowed change", change, CHANGES)
     for one in models.values():
         check(one, ds, config)
     probes = _probes(probe, models, ds, coords)
-    plans = {name: make_plan(m, ds, width=width, devices=devices) for name, m in models.items()}
+    stored = None if path is None else store.read_layout(store.recovered(path))
+    plans = {
+        name: make_plan(
+            m,
+            ds,
+            config,
+            width=width,
+            segment=segment,
+            devices=devices,
+            stored=stored and stored.attributes.get("plan", {}).get(name),
+        )
+        for name, m in models.items()
+    }
+    variables, further = _variables(models, ds, config, probes)
     shape = tuple(len(values) for values in coords.values())
+    about = dict(about or {})
+    data = {"fingerprint": fingerprint(ds)} | about.pop("data", {})
+    attributes = describe(models, config, hyper, coords) | {"data": data} | circumstances(plans) | about
+    layout = store.Layout(
+        tuple(models),
+        isinstance(model, Mapping),
+        coords,
+        further,
+        variables,
+        store.tile_of(shape, max(plan.chunk for plan in plans.values())),
+        attributes,
+    )
+    cells = grid.cells(coords, hyper)
+    with _opened(path, layout, stored, cells, allow_changed) as results:
+        todo = results.remaining()
+        total = sum(len(chunk.cells) for chunk in results.layout.chunks())
+        left = sum(len(chunk.cells) for chunk in todo)
+        with Progress(total, done=total - left, enabled=progress and bool(todo)) as bar:
+            on_devices = {}
+            for chunk in todo:
+                name = results.layout.models[chunk.model]
+                programs = program.programs_of(models[name], config, plans[name], probes[name])
+                if name not in on_devices:
+                    on_devices = {name: jax.device_put(ds, programs.replicated)}
+                train_chunk(
+                    results,
+                    chunk,
+                    programs,
+                    on_devices[name],
+                    config,
+                    cells,
+                    plans[name],
+                    seconds=60.0 * checkpoint_minutes if path is not None else None,
+                    tick=functools.partial(bar.advance, name),
+                )
+        return store.load(results.files.store)
 
-    attributes = describe(models, config, hyper, coords) | circumstances(plans)
 
-    histories = []
-    with Progress(len(models) * len(cells.seed), enabled=progress) as bar:
-        for name, one in models.items():
-            chunks = []
-            for chunk in run_cells(one, ds, config, cells, plans[name], probes[name]):
-                chunks.append(chunk)
-                bar.advance(name, len(chunk[0].diverged), int(chunk[0].diverged.sum()))
-            history = jax.tree.map(lambda *parts: np.concatenate(parts), *chunks)
-            histories.append(jax.tree.map(lambda a: a.reshape((*shape, *a.shape[1:])), history))
+def train_chunk(
+    results: store.Store,
+    chunk: store.Chunk,
+    programs: program.Programs,
+    ds: Dataset,
+    config: TrainConfig,
+    cells: Hyperparams,
+    plan: Plan,
+    *,
+    seconds: float | None,
+    tick: Callable[[int, int], None],
+) -> None:
+    """Trains a chunk's cells, from its checkpoint if there is one, and commits it.
 
-    dims = tuple(coords)
-    coords["step"] = np.asarray(config.eval_steps)
-    if probe is not None:
-        coords["probe_step"] = np.asarray((0, *config.eval_steps))
-        layers = next(iter(probes.values())).layers
-        if layers:
-            coords["layer"] = np.asarray(layers, object)
-    if isinstance(model, Mapping):
-        dims, coords = ("model", *dims), {"model": np.asarray(list(models), object), **coords}
-        history, measured = jax.tree.map(lambda *values: np.stack(values), *histories)
-    else:
-        ((history, measured),) = histories
+    Args:
+      results: where to.
+      chunk: which.
+      programs: of its model.
+      ds: the data, on the devices.
+      config: what is the same for all cells.
+      cells: all cells of the grid, [cells] in each field.
+      plan: devices, width, segment.
+      seconds: between checkpoints; None: there are none.
+      tick: called with the numbers of cells that are done, and of those that diverged.
+    """
+    layout = results.layout
+    count = len(chunk.cells)
+    done = np.zeros(count, bool)
+    values = _empty(layout, chunk)
+    values["done"][:] = True
+    ours = jax.tree.map(lambda a: a[chunk.cells.start : chunk.cells.stop], cells)
+    saved = results.load_checkpoint(chunk) if seconds is not None else {}
+    if "done" in saved:
+        done = saved["done"]
+        values |= {name: saved[f"value {name}"] for name in values}
+        tick(int(done.sum()), int(values["diverged"][done].sum()))
+    halfway = _unpacked(saved, programs, ds, config, plan, layout)
+    last = time.monotonic()
 
-    def variables(values, further):
-        for name, value in values.items():
-            attrs = {"long_name": LONG_NAMES[name]} if name in LONG_NAMES else {}
-            yield name, ((*dims, *further)[: value.ndim], value, attrs)
+    def keep(group=None, state=None):
+        nonlocal last
+        if seconds is None or time.monotonic() - last < seconds:
+            return
+        arrays = {"done": done} | {f"value {name}": value for name, value in values.items()}
+        results.save_checkpoint(chunk, arrays | ({} if state is None else _packed(group, state, plan)))
+        last = time.monotonic()
 
-    data = dict([*variables(history._asdict(), ["step"]), *variables(measured, ["probe_step", "layer"])])
-    return xr.Dataset(data, coords, attributes)
+    def groups():
+        """(indices in the chunk, where they are half way or None)."""
+        started = np.zeros(0, int)
+        if halfway is not None:
+            started, state = halfway
+            for where in program.in_groups(np.arange(len(started)), plan.group):
+                part = jax.tree.map(lambda a, w=where: a[w], tuple(state[1:]))
+                yield started[where], program.Halfway(state.at, *part)
+        rest = np.setdiff1d(np.flatnonzero(~done), started)
+        for group in program.in_groups(rest, plan.group):
+            yield group, None
+
+    for group, state in groups():
+        history, measured = program.run_group(
+            programs,
+            ds,
+            config,
+            jax.tree.map(lambda a, g=group: a[g], ours),
+            plan,
+            halfway=state,
+            between=functools.partial(keep, group),
+        )
+        for name, value in (history._asdict() | measured).items():
+            values[name][group] = value
+        done[group] = True
+        tick(len(group), int(history.diverged.sum()))
+        keep()
+    results.commit(chunk, values)
+
+
+def _empty(layout: store.Layout, chunk: store.Chunk) -> dict[str, np.ndarray]:
+    count = len(chunk.cells)
+    return {name: np.zeros((count, *layout.extent(name)), v.dtype) for name, v in layout.variables.items()}
+
+
+def _packed(group: np.ndarray, state: program.Halfway, plan: Plan) -> dict[str, np.ndarray]:
+    """A group half way as arrays."""
+    leaves = {f"leaf {i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(tuple(state[1:])))}
+    return {"group": group, "at": np.asarray(state.at), "segment": np.asarray(plan.segment)} | leaves
+
+
+def _unpacked(saved, programs, ds, config, plan, layout) -> tuple[np.ndarray, program.Halfway] | None:
+    """(its indices in the chunk, the group half way), or None. The inverse of `_packed`."""
+    if "group" not in saved or int(saved["segment"]) != plan.segment:
+        return None
+    at = int(saved["at"])
+    quantities = {name: 0 for name, v in layout.variables.items() if "probe_step" in v.dims}
+    one = Recorded((0, 0, 0, 0), quantities)
+    recorded = [one for *_, evaluations in pieces(config, plan.segment)[:at] if evaluations]
+    structure = jax.tree.structure((programs.state(ds), quantities, recorded))
+    leaves = [saved[f"leaf {i}"] for i in range(structure.num_leaves)]
+    return saved["group"], program.Halfway(at, *jax.tree.unflatten(structure, leaves))
+
+
+def _variables(models, ds, config, probes) -> tuple[dict[str, store.Variable], dict[str, np.ndarray]]:
+    """The results' variables, and the coordinates beside the model and the axes."""
+    found = {
+        name: store.Variable(
+            ("step",) if name not in DTYPES else (),
+            DTYPES.get(name, "float32"),
+            {"long_name": LONG_NAMES[name]},
+        )
+        for name in History._fields
+    }
+    further = {"step": np.asarray(config.eval_steps)}
+    name, one = next(iter(probes.items()))
+    if one is not None:
+        further["probe_step"] = np.asarray((0, *config.eval_steps))
+        if one.layers:
+            further["layer"] = np.asarray(one.layers, object)
+        for quantity, value in _measured(models[name], one, ds).items():
+            dims = ("probe_step", "layer") if value.shape else ("probe_step",)
+            found[quantity] = store.Variable(dims, value.dtype.name, {})
+    return found | {"done": store.Variable((), "bool", {"long_name": "whether the cell is done"})}, further
+
+
+def _measured(model, probe, ds) -> dict[str, jax.ShapeDtypeStruct]:
+    """{quantity: the shape and type of what the probe measures}."""
+
+    def measured(ds, hyper):
+        state = model.init(jax.random.key(0), ds.train_x.shape[1:], hyper.init_scale)
+        return {
+            name: jnp.asarray(v) for name, v in probe.measure(Snapshot(*state, *state, ds, hyper)).items()
+        }
+
+    return jax.eval_shape(measured, ds, Hyperparams())
 
 
 def _probes(probe, models, ds, coords):
@@ -124,21 +306,14 @@ def _probes(probe, models, ds, coords):
             f"each of the models {list(models)}" if list(models) != [""] else "the one model, and no mapping"
         )
         raise ValueError(f"probe must be one for {names}, got {list(probes)}")
-    taken = {*History._fields, *coords, "model", "step", "probe_step", "layer"}
+    taken = {*History._fields, *coords, "model", "step", "probe_step", "layer", "done"}
     seen = {}
     for name, one in probes.items():
         if one is None:
             seen[name] = None
             continue
 
-        def measured(ds, hyper, model=models[name], measure=one.measure):
-            state = model.init(jax.random.key(0), ds.train_x.shape[1:], hyper.init_scale)
-            values = measure(Snapshot(*state, *state, ds, hyper))
-            return {quantity: jnp.asarray(value) for quantity, value in values.items()}
-
-        shapes = {
-            quantity: value.shape for quantity, value in jax.eval_shape(measured, ds, Hyperparams()).items()
-        }
+        shapes = {quantity: value.shape for quantity, value in _measured(models[name], one, ds).items()}
         for quantity, shape in shapes.items():
             if quantity in taken:
                 raise ValueError(
@@ -158,65 +333,117 @@ def _probes(probe, models, ds, coords):
     return probes
 
 
-def run_cells(
-    model: Model,
-    ds: Dataset,
-    config: TrainConfig,
+@contextlib.contextmanager
+def _opened(
+    path: store.StoreLike | None,
+    asked: store.Layout,
+    stored: store.Layout | None,
     cells: Hyperparams,
-    plan: Plan,
-    probe: Probe | None = None,
-) -> Iterator[tuple[History, dict[str, np.ndarray]]]:
-    """Trains the cells chunk by chunk.
-
-    Args:
-      model: the network.
-      ds: the data.
-      config: what is the same for all cells.
-      cells: an array [cells] in each field.
-      plan: devices and width. A last chunk that is short is padded to the width and cut again.
-      probe: what to measure along the way.
-
-    Yields:
-      (History, what the probe measured) of numpy arrays [cells in the chunk, ...], in the order of the cells.
-    """
-    program, replicated = _program(model.init, model.apply, config, plan.devices, probe)
-    ds = jax.device_put(ds, replicated)
-    total = len(cells.seed)
-    for start in range(0, total, plan.chunk):
-        stop = min(start + plan.chunk, total)
-        indices = np.minimum(np.arange(start, start + plan.chunk), total - 1)
-        chunk = program(jax.tree.map(lambda a, i=indices: a[i], cells), ds)
-        yield jax.tree.map(lambda a, n=stop - start: np.asarray(a)[:n], chunk)
+    allow_changed: Sequence[str],
+) -> Iterator[store.Store]:
+    """The store to write to, for this run alone: a new one, or that at `path`, extended if need be."""
+    if path is None:
+        yield store.create(store.Files(None), asked)
+        return
+    if stored is not None:
+        asked = _continued(path, stored, asked, cells, allow_changed)
+    files = store.Files(path)
+    if stored is not None and not _same_grid(stored, asked):
+        with store.lease(files):
+            extended = _extended(store.open_store(files, stored), asked, cells)
+        store.replace(extended, files.local)
+    with store.lease(files):
+        if stored is not None:
+            yield store.open_store(files, asked)
+        elif {*files.list()} <= {f"{store.LEASE}/0-of-1"}:
+            yield store.create(files, asked)
+        else:
+            raise ValueError(f"{path} is not empty, and holds no results of a sweep: choose another place")
 
 
-@functools.lru_cache(maxsize=16)
-def _program(
-    init: InitFn,
-    apply: ApplyFn,
-    config: TrainConfig,
-    devices: tuple[jax.Device, ...],
-    probe: Probe | None,
-) -> tuple[Callable[[Hyperparams, Dataset], tuple[History, dict[str, jax.Array]]], NamedSharding]:
-    """The program that trains a chunk, and where its data belongs. Kept, so that a second sweep compiles nothing."""
-    mesh = Mesh(np.asarray(devices), ("cells",))
-    split, same = PartitionSpec("cells"), PartitionSpec()
-    train = make_train(Model(init, apply), config, probe or Probe(lambda _: {}))
-
-    def train_group(hyper, ds):  # hyper [width], on one device
-        if hyper.seed.shape == (1,):  # XLA's CPU reductions are some 30 times slower beside an axis of size 1
-            history = train(jax.tree.map(lambda a: a[0], hyper), ds)
-            return jax.tree.map(lambda a: a[None], history)
-        return jax.vmap(train, in_axes=(0, None))(hyper, ds)
-
-    # The data is an argument: closed over, it would become part of the program's text.
-    program = jax.jit(
-        jax.shard_map(
-            train_group,
-            mesh=mesh,
-            in_specs=(split, same),
-            out_specs=split,
-            check_vma=False,  # cells never communicate
-        ),
-        compiler_options=CPU_COMPILER_OPTIONS if devices[0].platform == "cpu" else None,
+def _same_grid(one: store.Layout, other: store.Layout) -> bool:
+    return one.as_attributes()["layout"]["axes"] == other.as_attributes()["layout"]["axes"] and (
+        one.attributes["hyper"] == other.attributes["hyper"]
     )
-    return program, NamedSharding(mesh, same)
+
+
+def _continued(path, stored, asked, cells, allow_changed) -> store.Layout:
+    """The layout with which the stored results go on, after refusing what would mix or lose cells."""
+    old, new = stored.attributes, asked.attributes
+    found = {name: differences(_compared(old, name), _compared(new, name), name) for name in CHANGES}
+    changed = {name: lines for name, lines in found.items() if lines}
+    frame = differences(_frame(stored), _frame(asked), "layout")
+    lost = {*_tuples(_stored_cells(stored))} - {*_tuples(cells)}
+    if lost:
+        frame += [f"{len(lost)} of the cells there are not among those asked for"]
+        frame += differences({k: old[k] for k in ("axes", "hyper")}, {k: new[k] for k in ("axes", "hyper")})
+    refused = [name for name in changed if name not in allow_changed]
+    if frame or refused:
+        lines = [line for name in refused for line in changed[name]] + frame
+        advice = f", or allow_changed={','.join(changed)}" if not frame else ""
+        raise ValueError(f"{path} holds other results: {'; '.join(lines)}. Choose another place{advice}")
+    if changed:
+        lines = [line for several in changed.values() for line in several]
+        new = new | {"changes": [*old.get("changes", []), lines]}
+    same = _same_grid(stored, asked)
+    return asked._replace(
+        attributes=new if changed or not same else old, tile=stored.tile if same else asked.tile
+    )
+
+
+def _compared(attributes, name):
+    """What must agree: of a plan the width and the segment."""
+    value = attributes.get(name)
+    if name != "plan" or value is None:
+        return value
+    return {model: {k: plan[k] for k in ("width", "segment")} for model, plan in value.items()}
+
+
+def _frame(layout: store.Layout) -> dict[str, Any]:
+    """What no change can be allowed in: the names of models, the variables and their coordinates."""
+    found = layout.as_attributes()["layout"]
+    return {name: found[name] for name in ("models", "labelled", "further", "variables")}
+
+
+def _stored_cells(stored: store.Layout) -> Hyperparams:
+    return grid.cells(stored.axes, Hyperparams(**stored.attributes["hyper"]))
+
+
+def _tuples(cells: Hyperparams) -> list[tuple]:
+    return list(zip(*(field.tolist() for field in cells), strict=True))
+
+
+def _extended(old: store.Store, asked: store.Layout, cells: Hyperparams) -> Path:
+    """A folder beside the store with the larger grid, in which the old one's cells are done."""
+    if old.files.local is None:
+        raise ValueError(f"{old.files.name}: only the grid of results in a local folder can be extended")
+    folder = old.files.local.with_name(f".{old.files.local.name}.extended")
+    shutil.rmtree(folder, ignore_errors=True)
+    new = store.create(store.Files(folder), asked)
+    places = {cell: i for i, cell in enumerate(_tuples(_stored_cells(old.layout)))}
+    sources = np.array([places.get(cell, -1) for cell in _tuples(cells)])
+    for i in range(len(asked.models)):
+        there = [chunk for chunk in old.layout.chunks() if chunk.model == i and chunk.key in old.committed]
+        starts = [chunk.cells.start for chunk in there]
+        read = functools.lru_cache(maxsize=64)(lambda k, there=there: old.read(there[k]))
+        for chunk in (c for c in asked.chunks() if c.model == i):
+            values = {
+                name: np.zeros((len(chunk.cells), *asked.extent(name)), v.dtype)
+                for name, v in asked.variables.items()
+            }
+            done = np.zeros(len(chunk.cells), bool)
+            for j, source in enumerate(sources[chunk.cells.start : chunk.cells.stop]):
+                k = bisect.bisect_right(starts, source) - 1
+                if source >= 0 and k >= 0 and source in there[k].cells:
+                    found = read(k)
+                    done[j] = True
+                    for name in values:
+                        values[name][j] = found[name][source - there[k].cells.start]
+            if done.all():
+                new.commit(chunk, values)
+            elif done.any():
+                values["done"][:] = True
+                new.save_checkpoint(
+                    chunk, {"done": done} | {f"value {name}": v for name, v in values.items()}
+                )
+    return folder

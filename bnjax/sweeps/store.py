@@ -1,110 +1,618 @@
-"""Results on disk: labelled arrays in one Zarr group, with what made them as attributes."""
+"""Results on disk: one Zarr v3 group per experiment, which xarray opens, written chunk by chunk while a sweep runs.
 
-import dataclasses
+    results.zarr/
+        zarr.json, test_loss/..., done/..., ...    what `xarray.open_zarr(path, consolidated=False)` shows
+        bnjax/zarr.json                  the record: the attributes of the root again
+        bnjax/ledger/MODEL.CHUNK         a committed chunk: the digest of its values; written last
+        bnjax/checkpoint/MODEL.CHUNK     a chunk in the making: cells done, and the state of those half way
+        bnjax/lease/INDEX-of-COUNT       who is writing, and when that was last confirmed
+
+Variables have dimensions (model,) *axes (, step), and are stored in chunks of whole cells, so that no two chunks
+share a file. A chunk counts once its ledger entry stands, which is written after its values and holds their digest.
+Whatever dies before that leaves a chunk that does not count and is computed again; whatever is damaged afterwards no
+longer agrees with its digest. Every array carries CRC32C checksums, too, for readers that know nothing of this.
+
+`path` may be a local folder, a URL that zarr takes (s3://..., with the fsspec package for it), or a zarr store.
+"""
+
+import contextlib
+import io
 import json
+import logging
+import math
 import os
-import platform
 import shutil
+import socket
+import threading
+import time
 import uuid
-from collections.abc import Mapping
-from importlib import metadata
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
 import zarr
+from zarr.buffer import default_buffer_prototype
 from zarr.codecs import Crc32cCodec
+from zarr.core.sync import sync
 
-from bnjax.sweeps.plan import Plan
-from bnjax.training import TrainConfig
-from bnjax.types import Hyperparams, Model
-from bnjax.version import __version__
+log = logging.getLogger("bnjax")
+
+COMPRESSORS = (zarr.codecs.ZstdCodec(), Crc32cCodec())
+RECORD, LEDGER, CHECKPOINT, LEASE = "bnjax/zarr.json", "bnjax/ledger", "bnjax/checkpoint", "bnjax/lease"
+LEASE_SECONDS = 120  # a lease of another host that was not confirmed for so long is dead
+CONFIRM_SECONDS = 20
+StoreLike = str | os.PathLike | zarr.abc.store.Store
 
 
-def describe(
-    models: Mapping[str, Model], config: TrainConfig, hyper: Hyperparams, axes: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """What a sweep computes, but for its data, as JSON holds it.
+class Damaged(ValueError):
+    """Stored results that are not what was stored."""
+
+
+class Busy(RuntimeError):
+    """Another run is writing there."""
+
+
+class Variable(NamedTuple):
+    """One variable of the results."""
+
+    dims: tuple[str, ...]  # beside the model and the axes
+    dtype: str
+    attrs: Mapping[str, str]
+
+
+class Layout(NamedTuple):
+    """What a store holds, but for the values of its variables."""
+
+    models: tuple[str, ...]
+    labelled: bool  # whether there is a dimension "model"
+    axes: Mapping[str, np.ndarray]
+    further: Mapping[str, np.ndarray]  # the coordinates of the other dimensions
+    variables: Mapping[str, Variable]
+    tile: tuple[int, ...]  # a chunk's extent along the axes
+    attributes: Mapping[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the axes."""
+        return tuple(len(values) for values in self.axes.values())
+
+    def dims(self, name: str) -> tuple[str, ...]:
+        """Of a variable."""
+        return (*(["model"] if self.labelled else []), *self.axes, *self.variables[name].dims)
+
+    def extent(self, name: str) -> tuple[int, ...]:
+        """Of a variable, beside the model and the axes."""
+        return tuple(len(self.further[dim]) for dim in self.variables[name].dims)
+
+    def region(self, chunk: "Chunk") -> tuple[int | slice, ...]:
+        """Where a chunk is in a variable."""
+        return (*([chunk.model] if self.labelled else []), *chunk.region)
+
+    def who(self, chunk: "Chunk") -> str:
+        """A chunk in words."""
+        name = self.models[chunk.model]
+        return f"cells {chunk.cells[0]} to {chunk.cells[-1]}{f' of {name}' if name else ''}"
+
+    def chunks(self) -> list["Chunk"]:
+        """All chunks, in the order in which they are computed."""
+        return [Chunk(i, j, *where) for i in range(len(self.models)) for j, where in enumerate(self._tiles())]
+
+    def as_attributes(self) -> dict[str, Any]:
+        """All of it as JSON holds it, with a checksum: the attributes of the root group."""
+        further = {name: np.asarray(values).tolist() for name, values in self.further.items()}
+        layout = {
+            "models": list(self.models),
+            "labelled": self.labelled,
+            "axes": {name: values.tolist() for name, values in self.axes.items()},
+            "further": further,
+            "variables": {name: [list(v.dims), v.dtype, dict(v.attrs)] for name, v in self.variables.items()},
+            "tile": list(self.tile),
+        }
+        attributes = json.loads(json.dumps({**self.attributes, "layout": layout}))
+        return attributes | {"checksum": _checksum(attributes)}
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> "Layout":
+        """The inverse.
+
+        Raises:
+          ValueError: if the checksum does not agree.
+          KeyError: if there is none.
+        """
+        attributes = dict(attributes)
+        if attributes.pop("checksum") != _checksum(attributes):
+            raise ValueError("checksum")
+        given = attributes.pop("layout")
+        return cls(
+            tuple(given["models"]),
+            given["labelled"],
+            {
+                name: np.asarray(v, np.int64 if name == "seed" else np.float64)
+                for name, v in given["axes"].items()
+            },
+            {name: _objects(np.asarray(values)) for name, values in given["further"].items()},
+            {name: Variable(tuple(v[0]), v[1], v[2]) for name, v in given["variables"].items()},
+            tuple(given["tile"]),
+            attributes,
+        )
+
+    def _tiles(self) -> Iterator[tuple[range, tuple[slice, ...]]]:
+        counts = [math.ceil(n / k) for n, k in zip(self.shape, self.tile, strict=True)]
+        numbers = np.arange(math.prod(self.shape)).reshape(self.shape)
+        for index in np.ndindex(*counts):
+            region = tuple(
+                slice(i * k, min((i + 1) * k, n))
+                for i, k, n in zip(index, self.tile, self.shape, strict=True)
+            )
+            cells = numbers[region].reshape(-1)
+            yield range(int(cells[0]), int(cells[-1]) + 1), region
+
+
+def _checksum(attributes: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(attributes, sort_keys=True).encode())
+
+
+class Chunk(NamedTuple):
+    """Cells that are committed together."""
+
+    model: int
+    number: int  # among the model's
+    cells: range  # in the order of `bnjax.sweeps.grid.cells`
+    region: tuple[slice, ...]  # the same, in the array of the axes
+
+    @property
+    def key(self) -> str:
+        """Its name in the store."""
+        return f"{self.model}.{self.number}"
+
+
+def tile_of(shape: Sequence[int], cells: int) -> tuple[int, ...]:
+    """The extent of chunks of at most `cells` cells in a row: whole trailing axes, a part of one, 1 of those before."""
+    found, room = [], cells
+    for n in reversed(shape):
+        found.append(max(1, min(n, room)))
+        room = room // n if found[-1] == n else 0
+    return tuple(reversed(found))
+
+
+# Files of a store, whatever it is kept in
+
+
+class Files:
+    """Bytes by key, in a folder, behind a URL, or in any store of zarr; None: in memory."""
+
+    def __init__(self, where: StoreLike | None, *, write: bool = True):
+        if where is None:
+            self.store = zarr.storage.MemoryStore()
+        elif isinstance(where, zarr.abc.store.Store):
+            self.store = where
+        elif "://" in str(where):
+            self.store = zarr.storage.FsspecStore.from_url(str(where), read_only=not write)
+        else:
+            self.store = zarr.storage.LocalStore(Path(where).expanduser(), read_only=not write)
+        self.local = Path(self.store.root) if isinstance(self.store, zarr.storage.LocalStore) else None
+        self.name = str(where)
+
+    def _absent(self) -> bool:
+        return self.local is not None and not self.local.exists()
+
+    def get(self, key: str) -> bytes | None:
+        """The bytes, or None if there are none."""
+        if self._absent():
+            return None
+        found = sync(self.store.get(key, default_buffer_prototype()))
+        return None if found is None else found.to_bytes()
+
+    def put(self, key: str, value: bytes) -> None:
+        """Replaces them; in a folder in one stroke."""
+        sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(value)))
+
+    def put_new(self, key: str, value: bytes) -> None:
+        """Only if there are none."""
+        sync(self.store.set_if_not_exists(key, default_buffer_prototype().buffer.from_bytes(value)))
+
+    def delete(self, key: str) -> None:
+        """Also if there are none."""
+        sync(self.store.delete(key))
+
+    def list(self, folder: str = "") -> list[str]:
+        """The keys in it, without it."""
+        if self._absent():
+            return []
+        prefix = f"{folder}/" if folder else ""
+
+        async def collect():
+            return [key async for key in self.store.list_prefix(prefix)]
+
+        return sorted(key[len(prefix) :] for key in sync(collect()))
+
+
+# The store of a sweep
+
+
+class Store:
+    """Results in the making. Made by `create` or `resume`."""
+
+    def __init__(self, files: Files, layout: Layout):
+        self.files, self.layout = files, layout
+        self.group = zarr.open_group(files.store, mode="a")
+        self.committed: set[str] = set()
+
+    def commit(self, chunk: Chunk, values: Mapping[str, np.ndarray]) -> None:
+        """Writes the values [cells, ...] of a chunk, and then that they are there."""
+        values = {name: self._prepared(name, chunk, values) for name in self.layout.variables}
+        for name, value in values.items():
+            self.group[name][self.layout.region(chunk)] = value
+        self.files.put(f"{LEDGER}/{chunk.key}", digest(values).encode())
+        self.files.delete(f"{CHECKPOINT}/{chunk.key}")
+        self.committed.add(chunk.key)
+
+    def read(self, chunk: Chunk) -> dict[str, np.ndarray]:
+        """The values [cells, ...] of a committed chunk."""
+        n = len(chunk.cells)
+        return {
+            name: np.asarray(self.group[name][self.layout.region(chunk)]).reshape(
+                n, *self.layout.extent(name)
+            )
+            for name in self.layout.variables
+        }
+
+    def remaining(self) -> list[Chunk]:
+        """The chunks that are not committed."""
+        return [chunk for chunk in self.layout.chunks() if chunk.key not in self.committed]
+
+    def save_checkpoint(self, chunk: Chunk, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keeps these arrays for the chunk until it is committed."""
+        text = io.BytesIO()
+        np.savez(text, **arrays)
+        data = text.getvalue()
+        self.files.put(f"{CHECKPOINT}/{chunk.key}", zlib.crc32(data).to_bytes(4, "big") + data)
+
+    def load_checkpoint(self, chunk: Chunk) -> dict[str, np.ndarray]:
+        """The arrays last kept for the chunk; none if there are none, or they are damaged."""
+        data = self.files.get(f"{CHECKPOINT}/{chunk.key}")
+        if data is None:
+            return {}
+        if zlib.crc32(data[4:]).to_bytes(4, "big") != data[:4]:
+            log.warning(
+                "%s: the checkpoint %s is damaged; its cells are trained again", self.files.name, chunk.key
+            )
+            return {}
+        with np.load(io.BytesIO(data[4:])) as found:
+            return dict(found)
+
+    def verify(self) -> None:
+        """Finds out which chunks are committed; what is damaged no longer is, and says so."""
+        entries = set(self.files.list(LEDGER))
+        for chunk in self.layout.chunks():
+            if chunk.key not in entries:
+                continue
+            problem = self._problem(chunk)
+            if problem is None:
+                self.committed.add(chunk.key)
+                continue
+            self.files.delete(f"{LEDGER}/{chunk.key}")
+            log.warning("%s: %s; they are trained again", self.files.name, problem)
+
+    def _problem(self, chunk: Chunk) -> str | None:
+        who = self.layout.who(chunk)
+        for variable in self.layout.variables:
+            try:
+                self.group[variable][self.layout.region(chunk)]
+            except (
+                Exception
+            ) as error:  # whatever zarr, its codecs and the file system raise for a damaged file
+                return f"{variable} of {who} cannot be read ({_first_line(error)})"
+        stored = self.files.get(f"{LEDGER}/{chunk.key}")
+        found = {name: self._prepared(name, chunk, self.read(chunk)) for name in self.layout.variables}
+        return None if stored == digest(found).encode() else f"{who} are not what was committed"
+
+    def _prepared(self, name, chunk, values):
+        extent = tuple(s.stop - s.start for s in chunk.region)
+        variable = self.layout.variables[name]
+        return np.asarray(values[name], variable.dtype).reshape((*extent, *self.layout.extent(name)))
+
+
+def digest(values: Mapping[str, np.ndarray]) -> str:
+    """Of the variables of a chunk."""
+    found = blake2b(digest_size=16)
+    for name in sorted(values):
+        array = np.ascontiguousarray(values[name])
+        found.update(f"{name}{array.shape}{array.dtype.str}".encode() + array.tobytes())
+    return found.hexdigest()
+
+
+def frame(layout: Layout) -> dict[str, bytes]:
+    """{key: bytes} of everything but values and ledger, the record first."""
+    memory = Files(None)
+    coordinates = {
+        name: (name, _objects(values)) for name, values in {**layout.axes, **layout.further}.items()
+    }
+    if layout.labelled:
+        coordinates["model"] = ("model", _objects(np.asarray(layout.models)))
+    save(xr.Dataset(coords=coordinates), memory.store)
+    group = zarr.open_group(memory.store, mode="a")
+    models = [len(layout.models)] if layout.labelled else []
+    for name, variable in layout.variables.items():
+        group.create_array(
+            name,
+            shape=(*models, *layout.shape, *layout.extent(name)),
+            chunks=(*(1 for _ in models), *layout.tile, *layout.extent(name)),
+            dtype=variable.dtype,
+            compressors=COMPRESSORS,
+            fill_value=math.nan if np.dtype(variable.dtype).kind == "f" else 0,
+            dimension_names=layout.dims(name),
+            attributes=dict(variable.attrs),
+        )
+    attributes = layout.as_attributes()
+    group.attrs.update(attributes)
+    record = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return {RECORD: json.dumps(record, indent=1).encode()} | {key: memory.get(key) for key in memory.list()}
+
+
+def _objects(values):
+    return np.asarray(values, object) if np.asarray(values).dtype.kind in "OUT" else np.asarray(values)
+
+
+def create(files: Files, layout: Layout) -> Store:
+    """A new store without a cell.
 
     Args:
-      models: {name: network}, told apart by their `config`.
-      config: what is the same for all cells.
-      hyper: the hyperparameters that are not swept; those that are, are left out.
-      axes: from `bnjax.sweeps.grid.check`.
+      files: where; nothing else of it may stand there.
+      layout: what it is to hold.
+    """
+    for key, value in frame(layout).items():
+        files.put(key, value)
+    return Store(files, layout)
+
+
+def open_store(files: Files, layout: Layout) -> Store:
+    """The store that stands there, mended and verified: what is damaged in it is said, and computed again.
+
+    Args:
+      files: where.
+      layout: from `read_layout`, or the same with other attributes, which replace those there.
+    """
+    stored = None
+    with contextlib.suppress(Damaged):
+        stored = read_layout(files)
+    for key, value in frame(layout).items():
+        if files.get(key) != value:
+            if stored is not None and stored.attributes == layout.attributes:
+                log.warning("%s: %s was damaged or missing, and is written again", files.name, key)
+            files.put(key, value)
+    found = Store(files, layout)
+    found.verify()
+    return found
+
+
+def read_layout(files: Files) -> Layout | None:
+    """What the store holds; None if there is no store.
 
     Raises:
-      TypeError: if a model's config holds something that JSON cannot.
+      Damaged: if there is one, and neither copy of its record can be read.
     """
-    description = {
-        "models": {name: dict(model.config) for name, model in models.items()},
-        "config": dataclasses.asdict(config),
-        "hyper": {name: np.asarray(v).item() for name, v in hyper._asdict().items() if name not in axes},
-        "axes": {name: values.tolist() for name, values in axes.items()},
+    copies = [files.get(key) for key in (RECORD, "zarr.json")]
+    if copies == [None, None]:
+        return None
+    for text in copies:
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            return Layout.from_attributes(json.loads(text)["attributes"])
+    if copies[0] is None and b'"layout"' not in copies[1]:
+        return None  # saved at once, by `save`
+    raise Damaged(f"{files.name} is damaged: neither {RECORD} nor zarr.json can be read")
+
+
+# Who is writing
+
+
+@contextlib.contextmanager
+def lease(files: Files, index: int = 0, count: int = 1) -> Iterator[None]:
+    """While it lasts, no other run writes the share `index` of `count` of the store's chunks, nor other such shares.
+
+    A lease whose process is dead is taken over: on this host at once, from another one when it was not confirmed for
+    `LEASE_SECONDS`.
+
+    Raises:
+      Busy: if another run is writing there; it says who.
+    """
+    key = f"{LEASE}/{index}-of-{count}"
+    mine = {
+        "id": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "born": _born(os.getpid()),
     }
-    return json.loads(json.dumps(description))
+
+    def text():
+        return json.dumps(mine | {"confirmed": time.time()}).encode()
+
+    def others():
+        """The leases of the living that would write the same chunks."""
+        for name in files.list(LEASE):
+            one = _lease_of(files.get(f"{LEASE}/{name}"))
+            if one.get("id") == mine["id"] or (
+                name != f"{index}-of-{count}" and name.endswith(f"-of-{count}")
+            ):
+                continue
+            if _alive(one):
+                yield one
+            else:
+                files.delete(f"{LEASE}/{name}")
+
+    def refuse():
+        for one in others():
+            raise Busy(
+                f"{files.name}: process {one['pid']} on {one['host']} is writing there, last confirmed "
+                f"{time.time() - one['confirmed']:.0f} s ago"
+            )
+
+    refuse()
+    files.put_new(key, text())
+    stop = threading.Event()
+    try:
+        refuse()
+
+        def confirm():
+            while not stop.wait(CONFIRM_SECONDS):
+                with contextlib.suppress(OSError):  # tried again; without success others may take it for dead
+                    files.put(key, text())
+
+        threading.Thread(target=confirm, daemon=True).start()
+        yield
+    finally:
+        stop.set()
+        if _lease_of(files.get(key)).get("id") == mine["id"]:
+            files.delete(key)
 
 
-def circumstances(plans: Mapping[str, Plan]) -> dict[str, Any]:
-    """How and with what a sweep was run: plans by network, versions."""
-    return {
-        "plan": {
-            name: {
-                "width": plan.width,
-                "devices": len(plan.devices),
-                "device_kind": plan.devices[0].device_kind,
-            }
-            for name, plan in plans.items()
-        },
-        "versions": {
-            "bnjax": __version__,
-            "python": platform.python_version(),
-            **{
-                name: metadata.version(name) for name in ("jax", "jaxlib", "optax", "numpy", "xarray", "zarr")
-            },
-        },
-    }
+def writers(files: Files) -> list[dict[str, Any]]:
+    """The leases of those who are alive."""
+    return [one for name in files.list(LEASE) if _alive(one := _lease_of(files.get(f"{LEASE}/{name}")))]
 
 
-def save(results: xr.Dataset, path: str | os.PathLike, *, overwrite: bool = False) -> None:
-    """Writes a Zarr v3 group at `path`, with a checksum on every chunk.
+def _lease_of(text: bytes | None) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+        return found if {"id", "host", "pid", "born", "confirmed"} <= {*found} else {}
+    except (TypeError, ValueError):
+        return {}
 
-    It is written beside `path` and renamed, so that there is never a part of it under that name.
+
+def _alive(one: Mapping[str, Any]) -> bool:
+    if not one:
+        return False
+    if one["host"] == socket.gethostname():
+        return _born(one["pid"]) == one["born"]
+    return time.time() - one["confirmed"] < LEASE_SECONDS
+
+
+def _born(pid: int) -> str:
+    """When the process started, in its host's terms; empty if there is none."""
+    try:
+        state, *others = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state == "Z" else others[18]
+    except OSError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    except OSError:
+        pass
+    return "" if Path("/proc/self/stat").exists() else "running"
+
+
+# Whole data sets
+
+
+def save(results: xr.Dataset, path: StoreLike, *, overwrite: bool = False) -> None:
+    """Writes a Zarr v3 group at `path` at once, with a checksum on every chunk.
+
+    In a folder it is written beside `path` and renamed, so that there is never a part of it under that name.
 
     Args:
-      results: from `bnjax.sweep`.
-      path: a local folder, to be made.
+      results: from `bnjax.sweep`, or any other.
+      path: a local folder, to be made; or a zarr store.
       overwrite: replace what is at `path`; it is removed when the new results are in its place.
 
     Raises:
       FileExistsError: if there is something at `path`, unless `overwrite`.
     """
+    encoding = {name: {"compressors": COMPRESSORS} for name in results.variables}
+    options = {"mode": "w", "consolidated": False, "zarr_format": 3, "encoding": encoding}
+    if isinstance(path, zarr.abc.store.Store):
+        results.to_zarr(path, **options)
+        return
     path = Path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    replaced = temporary.with_name(f"{temporary.name}.replaced")
-    encoding = {name: {"compressors": [zarr.codecs.ZstdCodec(), Crc32cCodec()]} for name in results.variables}
     try:
-        results.to_zarr(temporary, mode="w", consolidated=False, zarr_format=3, encoding=encoding)
+        results.to_zarr(temporary, **options)
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists")
-        if path.exists():
-            path.rename(replaced)
-        temporary.rename(path)
+        replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace(new: Path, path: Path) -> None:
+    """Puts the folder `new` in the place of `path`, which is removed."""
+    replaced = _replaced(path)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
+    new.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def load(path: str | os.PathLike) -> xr.Dataset:
-    """Reads what `save` wrote, into memory.
+def recovered(path: StoreLike) -> Files:
+    """The files at `path`, after undoing a `replace` that was cut off half way."""
+    files = Files(path)
+    if files.local is not None and not files.local.exists() and _replaced(files.local).exists():
+        _replaced(files.local).rename(files.local)
+    return files
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
+def load(path: StoreLike) -> xr.Dataset:
+    """Reads results into memory, and checks them: those of `save`, and those of a sweep, running or done.
 
     Args:
-      path: the folder.
+      path: the folder, URL or zarr store.
+
+    Returns:
+      The labelled data set. Where a sweep is not done, the boolean `done` says which cells count; the other
+      variables are NaN, False or -1 in those that do not.
 
     Raises:
       FileNotFoundError: if there are no results at `path`.
-      ValueError: if a checksum does not match.
+      Damaged: (a ValueError) if what is there is not what was stored; it says what.
     """
-    return xr.open_zarr(path, consolidated=False).load()
+    files = Files(path, write=False)
+    try:
+        layout = read_layout(files)
+        entries = {} if layout is None else {key: files.get(f"{LEDGER}/{key}") for key in files.list(LEDGER)}
+        found = xr.open_zarr(files.store, consolidated=False).load()
+        return found if layout is None else _checked(found, layout, entries)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no results at {path}") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        raise Damaged(f"{path} is damaged: {_first_line(error)}") from error
+
+
+def _checked(found: xr.Dataset, layout: Layout, entries: Mapping[str, bytes]) -> xr.Dataset:
+    """The data set with only what is committed, after checking that this is what was committed."""
+    coordinates = {**layout.axes, **layout.further}
+    if layout.labelled:
+        coordinates["model"] = np.asarray(layout.models)
+    for name, values in coordinates.items():
+        if found[name].values.tolist() != values.tolist():
+            raise ValueError(f"the coordinate {name}")
+    values = {name: np.array(found[name].transpose(*layout.dims(name)).values) for name in layout.variables}
+    for chunk in layout.chunks():
+        region = layout.region(chunk)
+        here = {name: value[region].astype(layout.variables[name].dtype) for name, value in values.items()}
+        if chunk.key not in entries:
+            for name, value in values.items():
+                value[region] = {"f": math.nan, "b": False}.get(
+                    np.dtype(layout.variables[name].dtype).kind, -1
+                )
+        elif digest(here).encode() != entries[chunk.key]:
+            raise ValueError(f"{layout.who(chunk)} are not what was committed (a sweep trains them again)")
+    variables = {name: (layout.dims(name), values[name], v.attrs) for name, v in layout.variables.items()}
+    found = found.drop_vars(variables).assign(variables)
+    found.attrs = dict(layout.attributes)
+    return found.drop_vars("done") if found.done.all() else found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

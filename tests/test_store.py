@@ -1,0 +1,301 @@
+"""Sweeps that last: committed chunk by chunk, stopped and continued, extended, and by one writer only."""
+
+import contextlib
+import json
+import os
+import threading
+import time
+from types import MappingProxyType
+
+import jax
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+
+import bnjax
+from bnjax.sweeps import plan, program, record, run, store
+from bnjax.training import pieces
+
+MODEL = bnjax.mlp((8, 8), 4)
+CONFIG = bnjax.TrainConfig(steps=11, batch_size=32, eval_every=4)
+AXES = MappingProxyType({"seed": range(3), "init_scale": (0.1, 1.0, 10.0), "learning_rate": (0.1, 1e30)})
+PROBE = bnjax.probes.weights(MODEL, (12,))
+
+
+@pytest.fixture
+def sweep(blobs, tmp_path, monkeypatch):
+    """At width 2, chunks of one group, segments of 3 steps, with a probe; at tmp_path/r.zarr unless told."""
+    monkeypatch.setattr(plan, "GROUPS", 1)
+
+    def call(axes=AXES, model=MODEL, config=CONFIG, ds=blobs, **options):
+        given = {"width": 2, "segment": 3, "probe": PROBE, "progress": False, "path": tmp_path / "r.zarr"}
+        return bnjax.sweep(model, ds, config, axes, **given | options)
+
+    return call
+
+
+class Died(BaseException):
+    """Not an error: nothing in the package catches it."""
+
+
+def dying(monkeypatch, method, times):
+    """Lets that method of a store do its work, and die after the given number of calls."""
+    whole, left = getattr(store.Store, method), [times]
+
+    def call(self, *args):
+        whole(self, *args)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Died
+
+    monkeypatch.setattr(store.Store, method, call)
+
+
+class TestPieces:
+    @pytest.mark.parametrize("every", [None, 1, 4, 5, 11, 12])
+    @pytest.mark.parametrize("segment", [None, 1, 2, 4, 5, 9, 11, 20])
+    def test_are_the_run(self, every, segment):
+        config = bnjax.TrainConfig(steps=11, eval_every=every)
+        first, evaluated = 0, []
+        for start, steps, evaluations in pieces(config, segment):
+            assert start == first
+            assert 1 <= steps <= (segment or 11)
+            evaluated += [start + steps * (i + 1) // evaluations for i in range(evaluations)]
+            first += steps
+        assert first == 11
+        assert tuple(evaluated) == config.eval_steps
+
+    def test_are_few(self):
+        assert pieces(CONFIG) == [(0, 8, 2), (8, 3, 1)]
+
+
+class TestResume:
+    def test_is_the_same_in_memory_and_on_disk(self, sweep):
+        xr.testing.assert_equal(sweep(), sweep(path=None))
+
+    def test_segments_change_nothing_but_rounding(self, sweep):
+        """11 steps amplify 1e-7 to less than 1e-4; an angle near 0 is the root of a rounding error."""
+        one, other = sweep(), sweep(path=None, segment=None)
+        xr.testing.assert_allclose(one.drop_vars("angle"), other.drop_vars("angle"), rtol=1e-4)
+        np.testing.assert_allclose(one.angle, other.angle, rtol=1e-4, atol=0.1)
+
+    @pytest.mark.parametrize(("method", "times"), [("commit", 1), ("commit", 4), ("save_checkpoint", 2)])
+    def test_ends_as_if_it_had_never_stopped(self, sweep, monkeypatch, method, times):
+        with monkeypatch.context() as patch:
+            dying(patch, method, times)
+            with pytest.raises(Died):
+                sweep(checkpoint_minutes=0)
+        xr.testing.assert_equal(sweep(checkpoint_minutes=0), sweep(path=None))
+
+    @pytest.mark.slow
+    def test_dies_at_every_checkpoint_on_changing_devices(self, sweep, monkeypatch):
+        deaths = 0
+        while True:
+            with monkeypatch.context() as patch, contextlib.suppress(Died):
+                dying(patch, "save_checkpoint", 2)
+                found = sweep(checkpoint_minutes=0, devices=jax.devices()[: 1 + deaths % 2])
+                break
+            deaths += 1
+        assert deaths > 5
+        xr.testing.assert_equal(found, sweep(path=None))
+
+    def test_what_is_done_is_not_trained_again(self, sweep, monkeypatch):
+        first = sweep()
+        monkeypatch.setattr(run, "train_chunk", lambda *_, **__: pytest.fail("trained again"))
+        xr.testing.assert_identical(sweep(), first)
+
+    def test_width_and_segment_are_those_of_the_results(self, sweep):
+        first = sweep()
+        assert sweep(width=None, segment=None).attrs["plan"] == first.attrs["plan"]
+
+    def test_half_done_results_say_what_is_done(self, sweep, monkeypatch, tmp_path):
+        with monkeypatch.context() as patch:
+            dying(patch, "commit", 2)
+            with pytest.raises(Died):
+                sweep()
+        found = bnjax.load_results(tmp_path / "r.zarr")
+        whole = sweep(path=None)
+        assert found.done.values.ravel().tolist() == [True] * 6 + [False] * 12
+        assert (found.test_loss.where(found.done) == whole.test_loss).sum() == 6 * 3
+        assert found.test_loss.where(~found.done).isnull().all()
+        with pytest.raises(KeyError):
+            whole["done"]
+
+    def test_a_user_may_read_it_with_xarray_alone(self, sweep, tmp_path):
+        found = sweep()
+        with xr.open_zarr(tmp_path / "r.zarr", consolidated=False) as opened:
+            assert opened.done.all()
+            xr.testing.assert_equal(opened.drop_vars("done").load(), found)
+
+    def test_any_store_of_zarr(self, sweep):
+        memory = zarr.storage.MemoryStore()
+        xr.testing.assert_equal(sweep(path=memory), sweep(path=None))
+        xr.testing.assert_equal(bnjax.load_results(memory), sweep(path=memory))
+
+    def test_several_models(self, sweep):
+        models = {"a": MODEL, "b": bnjax.mlp((8, 8), 4, norm="none")}
+        options = {"model": models, "probe": None, "segment": None}
+        xr.testing.assert_equal(
+            sweep({"seed": range(3)}, **options), sweep({"seed": range(3)}, **options, path=None)
+        )
+
+
+class TestExtension:
+    LARGER = MappingProxyType(
+        {"init_scale": (10.0, 0.1, 0.5, 1.0), "learning_rate": (1e30, 0.1), "seed": (7, 0, 2, 1)}
+    )
+
+    def test_keeps_what_is_done(self, sweep, monkeypatch):
+        sweep()
+        trained = []
+
+        def seen(*args, **options):
+            trained.extend(zip(*(a.tolist() for a in args[3][:2]), strict=True))
+            return whole(*args, **options)
+
+        whole = program.run_group
+        with monkeypatch.context() as patch:
+            patch.setattr(program, "run_group", seen)
+            found = sweep(self.LARGER)
+        new = {(s, np.float32(i)) for s in (7, 0, 1, 2) for i in (0.1, 0.5, 1.0, 10.0) if s == 7 or i == 0.5}
+        assert {*trained} == new
+        xr.testing.assert_equal(found, sweep(self.LARGER, path=None))
+
+    def test_of_what_is_half_done(self, sweep, monkeypatch):
+        with monkeypatch.context() as patch:
+            dying(patch, "commit", 2)
+            with pytest.raises(Died):
+                sweep()
+        xr.testing.assert_equal(sweep(self.LARGER), sweep(self.LARGER, path=None))
+
+    def test_with_an_axis_more(self, sweep):
+        sweep({"seed": range(3)})
+        axes = {"momentum": (0.5, 0.9), "seed": range(4)}
+        xr.testing.assert_equal(sweep(axes), sweep(axes, path=None))
+
+    def test_never_loses_a_cell(self, sweep):
+        first = sweep()
+        with pytest.raises(
+            ValueError, match=r"12 of the cells there are not among those asked for.*Choose another"
+        ):
+            sweep({"seed": [0]} | {k: v for k, v in AXES.items() if k != "seed"})
+        xr.testing.assert_identical(sweep(), first)
+
+    def test_that_was_cut_off_while_folders_were_swapped(self, sweep, tmp_path):
+        first = sweep()
+        (tmp_path / "r.zarr").rename(tmp_path / ".r.zarr.replaced")
+        xr.testing.assert_identical(sweep(), first)
+
+
+class TestChanges:
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (
+                {"config": bnjax.TrainConfig(steps=11, batch_size=16, eval_every=4)},
+                "config.batch_size: 32 there, 16",
+            ),
+            ({"model": bnjax.mlp((8, 8), 4, epsilon=0.1)}, "models..epsilon: 1e-05 there, 0.1 asked for"),
+            ({"width": 4}, r"plan..width: 2 there, 4 asked for.*allow_changed=plan"),
+        ],
+    )
+    def test_are_refused_and_named(self, sweep, change, words):
+        first = sweep()
+        with pytest.raises(ValueError, match=words):
+            sweep(**change)
+        xr.testing.assert_identical(sweep(), first)
+
+    def test_of_data(self, sweep, blobs):
+        first = sweep()
+        with pytest.raises(ValueError, match=r"data.fingerprint: \w+ there, \w+ asked for"):
+            sweep(ds=blobs._replace(train_x=blobs.train_x + 1))
+        xr.testing.assert_identical(sweep(), first)
+
+    def test_of_versions_may_be_allowed_and_are_recorded(self, sweep, monkeypatch):
+        sweep({"seed": range(3)})
+        versions = record.versions() | {"jaxlib": "0.0.1"}
+        monkeypatch.setattr(record, "versions", lambda: versions)
+        with pytest.raises(
+            ValueError, match=r"versions.jaxlib: .* there, 0.0.1 asked for.*allow_changed=versions"
+        ):
+            sweep({"seed": range(4)})
+        found = sweep({"seed": range(4)}, allow_changed=["versions"])
+        assert found.attrs["changes"] == [[f"versions.jaxlib: {jax.lib.__version__} there, 0.0.1 asked for"]]
+
+    def test_that_make_no_sense(self, sweep):
+        with pytest.raises(ValueError, match=r"unknown allowed change 'version'.*did you mean 'versions'"):
+            sweep(allow_changed=["version"])
+
+
+class TestOneWriter:
+    def test_a_second_is_told_who_writes(self, sweep, tmp_path):
+        with (
+            store.lease(store.Files(tmp_path / "r.zarr")),
+            pytest.raises(store.Busy, match=f"process {os.getpid()} on"),
+        ):
+            sweep()
+        sweep()
+
+    def test_of_another_share_may_write_beside(self, tmp_path):
+        files = store.Files(tmp_path / "r.zarr")
+        with store.lease(files, 0, 2), store.lease(files, 1, 2):
+            assert len(store.writers(files)) == 2
+            with pytest.raises(store.Busy):
+                store.lease(files, 0, 3).__enter__()
+        assert store.writers(files) == []
+
+    @pytest.mark.parametrize(
+        ("change", "alive"),
+        [
+            ({"pid": 2**22 + 1}, False),  # above Linux's largest
+            ({"born": "1"}, False),  # the number belongs to another process now
+            ({"host": "elsewhere", "confirmed": time.time() + 3600}, True),
+            ({"host": "elsewhere", "confirmed": time.time() - store.LEASE_SECONDS - 1}, False),
+        ],
+    )
+    def test_the_dead_do_not_hold_it(self, sweep, tmp_path, change, alive):
+        files = store.Files(tmp_path / "r.zarr")
+        key = f"{store.LEASE}/0-of-1"
+        with store.lease(files):
+            mine = json.loads(files.get(key))
+        files.put(key, json.dumps(mine | {"id": "other"} | change).encode())
+        if alive:
+            with pytest.raises(store.Busy, match="on elsewhere"):
+                sweep()
+        else:
+            sweep()
+            assert files.list(store.LEASE) == []
+
+    def test_is_confirmed_while_it_lasts(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(store, "CONFIRM_SECONDS", 0.05)
+        files = store.Files(tmp_path / "r.zarr")
+        with store.lease(files):
+            first = store.writers(files)[0]["confirmed"]
+            until = time.monotonic() + 10
+            while store.writers(files)[0]["confirmed"] == first and time.monotonic() < until:
+                time.sleep(0.05)
+            assert store.writers(files)[0]["confirmed"] > first
+        assert threading.active_count() < 50
+
+
+class TestLayout:
+    @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 5)])
+    @pytest.mark.parametrize("cells", [1, 2, 4, 7, 100])
+    def test_chunks_are_all_cells_in_order(self, shape, cells):
+        axes = {f"a{i}": np.arange(n) for i, n in enumerate(shape)}
+        layout = store.Layout(("",), False, axes, {}, {}, store.tile_of(shape, cells), {})
+        chunks = layout.chunks()
+        assert [i for chunk in chunks for i in chunk.cells] == list(range(int(np.prod(shape))))
+        numbers = np.arange(int(np.prod(shape))).reshape(shape)
+        for chunk in chunks:
+            assert len(chunk.cells) <= cells
+            np.testing.assert_array_equal(numbers[chunk.region].ravel(), list(chunk.cells))
+
+
+def test_a_place_with_other_things_is_not_touched(sweep, tmp_path):
+    (tmp_path / "r.zarr").mkdir()
+    (tmp_path / "r.zarr" / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty, and holds no results of a sweep"):
+        sweep()
+    assert (tmp_path / "r.zarr" / "thesis.tex").read_text() == "mine"
