@@ -197,7 +197,7 @@ class Panel(NamedTuple):
     yscale: str = "linear"
     marks: Mapping[str, float] = MappingProxyType({})  # vertical lines at these x
     levels: Mapping[str, float] = MappingProxyType({})  # horizontal lines at these y
-    dashed: Collection[str] = ()  # the series drawn dashed
+    theory: Collection[str] = ()  # the series drawn as dashed lines, beneath the others
     unconnected: Collection[str] = ()  # the series drawn as points only
     paired: bool = False  # marks have the colours of the series, in their order
 
@@ -231,9 +231,17 @@ def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = Non
                 values = values.median("seed")
             drawn["x"] |= bool((x > 0).any())
             drawn["y"] |= bool((values > 0).any())
-            style = "none" if name in panel.unconnected else "--" if name in panel.dashed else "-"
-            marker = MARKERS[i % len(MARKERS)]
-            axes.plot(x, values.values, linestyle=style, color=color, marker=marker, markersize=4, label=name)
+            theory = name in panel.theory
+            axes.plot(
+                x,
+                values.values,
+                linestyle="none" if name in panel.unconnected else "--" if theory else "-",
+                color=color,
+                marker="" if theory else MARKERS[i % len(MARKERS)],
+                markersize=4,
+                label=name,
+                zorder=1.5 if theory else 2,
+            )
         axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
         axes.set(
             xscale=panel.xscale if drawn["x"] else "linear", yscale=panel.yscale if drawn["y"] else "linear"
@@ -242,18 +250,13 @@ def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = Non
             color = COLORS[i % len(COLORS)] if panel.paired else "0.3"
             axes.axvline(x, color=color, linewidth=1, linestyle=":", zorder=1)
             if not panel.paired:
-                place = (x, 0.02 + 0.06 * i)
+                place = (x, 0.02 + 0.06 * (i + bool(panel.levels)))  # a level may be at the foot
                 axes.annotate(f" {name}", place, xycoords=("data", "axes fraction"), fontsize=8, color=color)
         for name, y in panel.levels.items():
             axes.axhline(y, color="0.4", linewidth=1, linestyle=":", zorder=1)
+            place = (1, y)  # at the right of the axes, where no line passes
             axes.annotate(
-                f"{name} ",
-                (1, y),
-                xycoords=("axes fraction", "data"),
-                fontsize=8,
-                color="0.3",
-                ha="right",
-                va="bottom",
+                f" {name}", place, xycoords=("axes fraction", "data"), fontsize=8, color="0.3", va="center"
             )
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
@@ -261,12 +264,13 @@ def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = Non
     return figure
 
 
-def maps(values: xr.DataArray, label: str, *, title: str = "") -> Figure:
+def maps(values: xr.DataArray, label: str, *, level: float, title: str = "") -> Figure:
     """One map for each model: a value over init_scale and learning_rate, on logarithmic axes.
 
     Args:
       values: of dimensions (model, learning_rate, init_scale).
       label: of the colours.
+      level: cells of this value or above have a dot.
       title: above the figure.
 
     Returns:
@@ -279,6 +283,16 @@ def maps(values: xr.DataArray, label: str, *, title: str = "") -> Figure:
         corners = [_edges(one[dim].values) for dim in ("init_scale", "learning_rate")]
         mesh = axes.pcolormesh(
             *corners, one, cmap="cividis", vmin=float(values.min()), vmax=float(values.max())
+        )
+        rates, scales = np.nonzero(one.values >= level)
+        axes.plot(
+            one.init_scale.values[scales],
+            one.learning_rate.values[rates],
+            linestyle="none",
+            marker="o",
+            color="white",
+            markeredgecolor="black",
+            markersize=5,
         )
         axes.set(xscale="log", yscale="log", xlabel="init_scale", title=str(name))
     grid[0].set_ylabel("learning rate")
@@ -442,7 +456,8 @@ def gradient_by_scale(
     """The norm of the gradient to each layer's weights against init_scale: a panel per activation.
 
     Args:
-      gradient: dimensions activation, norm, init_scale, seed and layer; exact zeros are drawn at the lower edge.
+      gradient: dimensions activation, norm, init_scale, seed and layer; crosses at the
+        lower edge are where the first layer's is exactly 0 for all seeds.
       names: of the norms, for the legend.
       powers: {norm: (the theory's slope, the activations for which it holds)}, drawn beside the first layer.
       starts: {activation: the init_scale from which the theory with BN is to hold}.
@@ -469,16 +484,17 @@ def gradient_by_scale(
                 label = names.get(norm, norm) if first else None
                 alpha = 1 - 0.75 * layer / max(count - 1, 1)
                 axes.plot(scales, line.where(line > 0), color=color, alpha=alpha, linewidth=1.8, label=label)
-                zeros = scales[(line == 0).values]
-                axes.plot(
-                    zeros,
-                    np.full(len(zeros), low * 3),
-                    linestyle="none",
-                    marker="x",
-                    markersize=5,
-                    color=color,
-                    label="exactly 0" if first and len(zeros) else None,
-                )
+            zero = gradient.sel(activation=activation, norm=norm).isel(layer=0) == 0
+            zeros = scales[zero.all("seed").values]
+            axes.plot(
+                zeros,
+                np.full(len(zeros), low * 3),
+                linestyle="none",
+                marker="x",
+                markersize=5,
+                color=color,
+                label="first layer exactly 0, all seeds" if len(zeros) else None,
+            )
             slope, holds = powers.get(norm, (0, ()))
             first = median.sel(activation=activation, norm=norm).isel(layer=0)
             anchor = scales[np.argmin(np.abs(np.log(scales)))]

@@ -202,7 +202,13 @@ def draw(results: xr.Dataset):
     }
     shown = [
         plots.Panel(
-            "First step, a middle layer", "|W1| / |W0|", ratio, yscale="log", marks=marks, dashed=["law"]
+            "First step, a middle layer",
+            "|W1| / |W0|",
+            ratio,
+            yscale="log",
+            marks=marks,
+            theory=["law"],
+            unconnected=["measured"],
         ),
         plots.Panel(
             "No weight decay", "effective learning rate lr / |W|^2", series, yscale="log", marks=marks

@@ -30,6 +30,11 @@ def measure(setup: Setup) -> xr.Dataset:
     return run(setup, models, setup.images, setup.config, axes, probe=probe)
 
 
+def training_level(accuracy: xr.DataArray) -> float:
+    """The median accuracy from which a cell of the map trains."""
+    return TRAINS * float(accuracy.median("seed").max())
+
+
 def highest_rates(accuracy: xr.DataArray, level: float) -> xr.DataArray:
     """The highest learning rate that reaches the accuracy `level`, NaN where none does."""
     return accuracy.learning_rate.where(accuracy >= level).max("learning_rate")
@@ -53,7 +58,7 @@ def steps_to(results: xr.Dataset, loss: float) -> xr.DataArray:
 def judge(results: xr.Dataset) -> list[Finding]:
     """Ratios of the highest learning rates; steps to a loss that both reach."""
     accuracy = final(results).test_accuracy
-    level = TRAINS * float(accuracy.median("seed").max())
+    level = training_level(accuracy)
     highest = highest_rates(accuracy.median("seed"), level)
     seeds = highest_rates(accuracy, level)
     ratio = highest.sel(model=BN) / highest.sel(model="no BN")
@@ -103,9 +108,14 @@ def judge(results: xr.Dataset) -> list[Finding]:
 
 
 def draw(results: xr.Dataset):
-    """Maps of accuracy."""
+    """Maps of accuracy, and what of them trains."""
+    accuracy = final(results).test_accuracy
+    level = training_level(accuracy)
     return plots.maps(
-        100 * final(results).test_accuracy.median("seed"), "final test accuracy (%), median over seeds"
+        100 * accuracy.median("seed"),
+        "final test accuracy (%), median over seeds",
+        level=100 * level,
+        title=f"Which learning rates train (dots: {percent(level)} test accuracy or more)",
     )
 
 
