@@ -42,22 +42,34 @@ FLAGS = flags.FLAGS
 # {flag: (default, with --full, what it is)}
 GRID = {
     "train_examples": (None, None, "Use only the first of the training examples. Default: all."),
-    "steps": (200, 1000, "Optimizer steps."),
+    "steps": (200, 1000, "Optimizer steps, but in the controls of frozen weights and of depth."),
     "frozen_steps": (300, 1000, "Optimizer steps of the control of frozen weights: XOR takes longer."),
     "depth_steps": (150, 1000, "Optimizer steps of the control of depth."),
     "seeds": ("3", "10", "Initialization seeds: a count, a range 0:5 or a list 0,1,2."),
     "init_scales": ("1e-4:1e4:9", "1e-4:1e4:17", "A list, or low:high:count for log spacing."),
-    "dip_scales": ("1e-12:10:27", "1e-16:1e4:81", "init_scales of the control of the dip."),
-    "dip_epsilons": ("1e-7,1e-5,1e-3", "1e-8,1e-7,1e-6,1e-5,1e-4,1e-3", "Values of BN's epsilon there."),
-    "dip_rates": ("0.01,0.1", "0.003,0.01,0.03,0.1,0.3", "Learning rates there."),
-    "dip_depths": ("6", "1,2,4,6,10", "Further numbers of hidden layers there."),
-    "detached_rates": ("0.01,0.1", "0.001,0.003,0.01,0.03,0.1,0.3", "Learning rates to choose from there."),
-    "rates": ("0.01:10:7", "1e-4:100:25", "Learning rates of the map of rates and init_scales."),
-    "depths": ("5,10,20,40", "3,5,7,10,14,20,28,40,56,80", "Numbers of hidden layers to train."),
+    "dip_scales": ("1e-12:10:27", "1e-16:1e4:81", "init_scales in the control of the dip."),
+    "dip_epsilons": (
+        "1e-7,1e-5,1e-3",
+        "1e-8,1e-7,1e-6,1e-5,1e-4,1e-3",
+        "Values of BN's epsilon in the control of the dip.",
+    ),
+    "dip_rates": ("0.01,0.1", "0.003,0.01,0.03,0.1,0.3", "Learning rates in the control of the dip."),
+    "dip_depths": ("6", "1,2,4,6,10", "Further numbers of hidden layers in the control of the dip."),
+    "detached_rates": (
+        "0.01,0.1",
+        "0.001,0.003,0.01,0.03,0.1,0.3",
+        "Learning rates to choose from in the control of detached statistics.",
+    ),
+    "rates": ("0.01:10:7", "1e-4:100:25", "Learning rates of the map in the control of rates."),
+    "depths": (
+        "5,10,20,40",
+        "3,5,7,10,14,20,28,40,56,80",
+        "Numbers of hidden layers in the control of depth.",
+    ),
     "depth_rates": (
-        "0.001,0.01,0.1",
+        "0.01,0.1,0.3",
         "0.0003,0.001,0.003,0.01,0.03,0.1,0.3",
-        "Learning rates to choose from there.",
+        "Learning rates to choose from in the control of depth.",
     ),
 }
 
@@ -84,7 +96,7 @@ flags.DEFINE_integer("batch_size", 128, "Examples per step.", lower_bound=2)
 flags.DEFINE_integer("depth_batch_size", 128, "Examples per step of the control of depth.", lower_bound=4)
 flags.DEFINE_float("learning_rate", 0.1, "Of SGD with momentum 0.9, but where it is varied.")
 flags.DEFINE_float("norms_rate", 0.5, "Learning rate of the control of norms, which has no momentum.")
-flags.DEFINE_float("weight_decay", 0.2, "There.")
+flags.DEFINE_float("weight_decay", 0.2, "Of the control of norms.")
 flags.DEFINE_string("out", "results/why_robust", "Output folder.")
 _define_grid()
 

@@ -276,6 +276,23 @@ def test_detached(enough):
     assert verdicts(detached.judge(found)) == ["supported" if enough else "not supported"] * 2
 
 
+def test_detached_prints_the_best_rate_for_each_scale():
+    """Both rates reach 82% somewhere, the lower one first in the grid; at scale 1 the higher one is better."""
+    dims = {
+        "model": list(detached.DETACHED),
+        "learning_rate": [0.01, 0.1],
+        "init_scale": SCALES,
+        "seed": SEEDS,
+    }
+    accuracy = grid(dims, 0.82)
+    accuracy = accuracy.where((accuracy.learning_rate > 0.05) | (accuracy.init_scale != 1), 0.79)
+    norms = grid(dims | {"probe_step": [0, 100], "layer": LAYERS}, 1)
+    cosine = grid({"model": dims["model"], "seed": SEEDS, "layer": LAYERS[:1]}, 0.1)
+    found = results(dims, accuracy).assign(weight_norm=norms, first_radial_cosine=cosine)
+    told = detached.judge(found)[0].measured
+    assert told.count("best 82.0%, at scale 1 82.0% [82.0%, 82.0%]") == len(detached.DETACHED)
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_evaluation(fails):
     dims = {"model": ["momentum 0.9"], "init_scale": SCALES, "seed": SEEDS, "probe_step": [0, 10, 100]}
@@ -367,6 +384,25 @@ def test_dip():
     assert overshoot != "supported"
     assert rate == "not supported"
     assert end == "not supported"
+
+
+def test_the_dip_is_the_same_number_in_all_claims():
+    """Each seed dips by 10 points, at a scale of its own, so that the curve of medians does not."""
+    found = dip_results(moves=True)
+    flat = grid(found.test_accuracy.isel(step=0, drop=True).coords, 0.8)
+    limit = threshold(flat.epsilon)
+    for i, seed in enumerate(SEEDS):
+        place = abs(np.log10(flat.init_scale / limit) - (i - 1) / 1.5) <= 0.25
+        flat = flat.where(~(place & (flat.seed == seed)), 0.7)
+    assert (flat.median("seed") == 0.8).all()
+    where, _, rates, _ = dip.judge(found.assign(train_accuracy=found.train_accuracy * 0 + flat))
+    assert where.measured.count("+10.0 [+10.0, +10.0] points below both sides") == 3
+    assert "not so" not in verdict(where) or "deeper than 3 points" not in verdict(where)
+    for epsilon in ("1e-7", "1e-5", "1e-3"):
+        assert (
+            f"epsilon {epsilon}: +10.0 [+10.0, +10.0] points below both sides at learning rate 0.01, "
+            "+10.0 [+10.0, +10.0] at 0.1"
+        ) in rates.measured
 
 
 def test_end_of_training():

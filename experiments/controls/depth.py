@@ -135,15 +135,18 @@ def judge(results: xr.Dataset) -> list[Finding]:
         by_seed = deepest(one)
         reach = float(deepest(one.median("seed")))
         some = float(one.depth.where(one.median("seed") >= 2 * CHANCE["images"]).max())
-        curve = "; ".join(f"{int(d)}: {spread(one.sel(depth=d), percent)}" for d in one.depth.values)
+        curve = "; ".join(
+            f"{int(d)}: {spread(one.sel(depth=d), percent)} ({number(float(one.learning_rate.sel(depth=d)))})"
+            for d in one.depth.values
+        )
         growth = results.growth.sel(variant=variant)
         found.append(
             Finding(
                 f"Depth is what BN does not cure ({variant}): gradients grow by {theory:.3f} a layer "
                 f"(squared; mean "
                 f"field), and training stops within 20 of the depth scales of that, {scale:.3g} layers.",
-                f"training accuracy after {results.attrs['config']['steps']} steps, best learning rate, by "
-                f"depth {curve}; "
+                f"training accuracy after {results.attrs['config']['steps']} steps, by depth, with "
+                f"the best learning rate (in parentheses) {curve}; "
                 f"trains well (to {TRAINS:.0%} of the least deep) up to {spread(by_seed, number)} layers = "
                 f"{reach / scale:.2g} depth scales, at all (twice guessing) up to {some:.0f} = "
                 f"{some / scale:.2g}; growth "

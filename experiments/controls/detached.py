@@ -40,6 +40,11 @@ def measure(setup: Setup) -> xr.Dataset:
     return results.assign(first_radial_cosine=hidden(start.radial_cosine).isel(init_scale=0, drop=True))
 
 
+def at_best_rates(accuracy: xr.DataArray) -> xr.DataArray:
+    """At the learning rate of the best median, for each network and scale."""
+    return accuracy.isel(learning_rate=accuracy.median("seed").argmax("learning_rate"))
+
+
 def judge(results: xr.Dataset) -> list[Finding]:
     """Ranges of scales at the best learning rate; orthogonality; growth of the weights."""
     accuracy = robustness.final_accuracy(results, CHANCE["images"])
@@ -47,13 +52,12 @@ def judge(results: xr.Dataset) -> list[Finding]:
     ranges = {name: one[TRAINS].range.decades for name, one in summaries.items()}
     best = {name: accuracy.sel(model=name).median("seed").max() for name in DETACHED}
     best = {name: float(value) for name, value in best.items()}
+    at_one = at(at_best_rates(accuracy), 1)
 
     def text(name):
-        one = accuracy.sel(model=name)
-        rate = one.median("seed").max("init_scale").idxmax("learning_rate")
         return (
             f"{name}: {ranges[name]:.3g} decades, best {percent(best[name])}, at scale 1 "
-            f"{spread(at(one.sel(learning_rate=rate), 1), percent)}"
+            f"{spread(at_one.sel(model=name), percent)}"
         )
 
     cosine = np.abs(results.first_radial_cosine)
@@ -99,7 +103,7 @@ def judge(results: xr.Dataset) -> list[Finding]:
 def draw(results: xr.Dataset):
     """Accuracy at the best rate, accuracy at the largest rate, growth of the weights there."""
     accuracy = 100 * robustness.final_accuracy(results, CHANCE["images"])
-    best = accuracy.isel(learning_rate=accuracy.median("seed").argmax("learning_rate"))
+    best = at_best_rates(accuracy)
     rate = float(results.learning_rate.max())
     norms = hidden(results.weight_norm).sel(learning_rate=rate)
     growth = (norms.isel(probe_step=-1) / norms.isel(probe_step=0)).median("layer")

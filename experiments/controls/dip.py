@@ -168,9 +168,10 @@ def judge(results: xr.Dataset) -> list[Finding]:
     def dips(name, of=both, rate=rate):
         return {e: dip(of[name].sel(learning_rate=rate, epsilon=e), e) for e in epsilons}
 
-    by_seed, accuracy, slowest = dips("accuracy"), dips("accuracy", middle), dips("effective", middle)
-    exponents = [slope(epsilons, [float(one[e].scale) for e in epsilons]) for one in (accuracy, slowest)]
-    places = "; ".join(
+    by_seed, slowest = dips("accuracy"), dips("effective", middle)
+    places = [by_seed[e].scale.median("seed") for e in epsilons], [slowest[e].scale for e in epsilons]
+    exponents = [slope(epsilons, [float(scale) for scale in several]) for several in places]
+    each = "; ".join(
         f"epsilon {number(e)} (threshold {number(float(threshold(e)))}): lowest accuracy at "
         f"{spread(by_seed[e].scale, number)}, {spread(by_seed[e].depth, points)} points below both sides; "
         f"lowest lr/|W|^2 at "
@@ -189,23 +190,22 @@ def judge(results: xr.Dataset) -> list[Finding]:
     smallest = min(epsilons)
     adam, sgd = dip(results.adam_accuracy, smallest).depth, by_seed[smallest].depth
     slow, fast = min(rates), max(rates)
-    by_rate = {r: dips("accuracy", middle, r) for r in (slow, fast)}
-    depth = {r: {e: float(one.depth) for e, one in by_rate[r].items()} for r in by_rate}
-    cells = [(r / e, float(one.depth)) for r in rates for e, one in dips("accuracy", middle, r).items()]
-    ordered = [np.asarray(values) for values in zip(*cells, strict=True)]
+    depths = {(r, e): one.depth for r in rates for e, one in dips("accuracy", rate=r).items()}
+    depth = {cell: float(values.median()) for cell, values in depths.items()}
+    ordered = [r / e for r, e in depth], list(depth.values())
     return [
         Finding(
             "Training accuracy dips near the threshold where signals die at initialization, with the "
             "effective learning "
             "rate lr/|W|^2: both places move with sqrt(epsilon).",
-            f"{places}; place of the lowest accuracy ~ epsilon^{exponents[0]:.2f}, of the lowest lr/|W|^2 ~ "
+            f"{each}; place of the lowest accuracy ~ epsilon^{exponents[0]:.2f}, of the lowest lr/|W|^2 ~ "
             f"epsilon^{exponents[1]:.2f}",
             {
                 "the accuracy's exponent is within 0.15 of 0.5": abs(exponents[0] - 0.5) < 0.15,
                 "that of lr/|W|^2 is within 0.15 of 0.5": abs(exponents[1] - 0.5) < 0.15,
                 **{
-                    f"deeper than 3 points at epsilon {number(e)}": float(one.depth) > 0.03
-                    for e, one in accuracy.items()
+                    f"deeper than 3 points at epsilon {number(e)}": float(one.depth.median()) > 0.03
+                    for e, one in by_seed.items()
                 },
             },
         ),
@@ -226,13 +226,14 @@ def judge(results: xr.Dataset) -> list[Finding]:
             f"The dip gets shallower, by a third or more, with a learning rate of {number(slow)} instead of "
             f"{number(fast)}.",
             "; ".join(
-                f"epsilon {number(e)}: {points(depth[slow][e])} and {points(depth[fast][e])} points"
+                f"epsilon {number(e)}: {spread(depths[slow, e], points)} points below both sides at learning rate "
+                f"{number(slow)}, {spread(depths[fast, e], points)} at {number(fast)}"
                 for e in epsilons
             )
-            + " below both sides (medians over seeds). At the threshold the first step is ~ lr/epsilon times "
+            + ". At the threshold the first step is ~ lr/epsilon times "
             "as long as W, an overshoot for any usual rate unless epsilon is large; rank correlation of depth and "
             f"lr/epsilon over all learning rates and values of epsilon: {rank_correlation(*ordered):.2f}",
-            {f"at epsilon {number(e)}": depth[slow][e] < depth[fast][e] * 2 / 3 for e in epsilons},
+            {f"at epsilon {number(e)}": depth[slow, e] < depth[fast, e] * 2 / 3 for e in epsilons},
         ),
         judge_end(results),
     ]
@@ -344,7 +345,7 @@ def draw(results: xr.Dataset):
             against,
             xlabel="theory: time to escape = steps",
             yscale="log",
-            dashed=["equal"],
+            theory=["equal"],
             unconnected=["measured"],
         ),
     ]
@@ -358,7 +359,8 @@ CONTROL = Control(
     "Below the threshold init_scale* = sqrt(epsilon pi/(pi-1)) epsilon outweighs the variance of the "
     "signals, which die out "
     "layer by layer at initialization. Training works far below it, though, with a dip in accuracy near "
-    "it.",
+    "it: in each seed the lowest accuracy within a decade of the threshold, and how far it is below both "
+    "the highest of all smaller scales and the highest of all larger ones.",
     measure,
     judge,
     draw,
