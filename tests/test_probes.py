@@ -793,6 +793,35 @@ class TestFlax:
         with pytest.raises(ValueError, match=r"params and batch_stats, the module has \['cache'\] too"):
             to_from_flax.model_from_flax(Cached()).init(jax.random.key(0), (3,), 1.0)
 
+    def test_errors_of_modules_with_other_arguments(self):
+        """They say what `arguments` is for; an error from within the module stays what it is."""
+        key = jax.random.key(0)
+        with pytest.raises(
+            ValueError,
+            match=r"Sequential was called with x and {'train': False}: .*arguments=lambda train: {}",
+        ):
+            to_from_flax.model_from_flax(nn.Sequential([nn.Dense(3)])).init(key, (4,), 1.0)
+        with pytest.raises(ValueError, match=r"Net was called with x and nothing else: .*missing.*'train'"):
+            to_from_flax.model_from_flax(Net(), arguments=lambda train: {}).init(key, (4,), 1.0)
+
+        class Noisy(nn.Module):
+            @nn.compact
+            def __call__(self, x, train, slip=False):
+                if slip:
+                    raise TypeError("a slip within")
+                return nn.Dense(2)(nn.Dropout(0.5, deterministic=not train)(x))
+
+        def model(**given):
+            return to_from_flax.model_from_flax(Noisy(), arguments=lambda train: {"train": train} | given)
+
+        state = model().init(key, (4,), 1.0)
+        for function in (model().apply, lambda *state, train: model().layers(*state, {}, train=train)):
+            with pytest.raises(ValueError, match=r"Noisy asks for random numbers.*dropout.*arguments="):
+                function(*state, jnp.ones((2, 4)), train=True)
+        assert model(train=False).apply(*state, jnp.ones((2, 4)), train=True)[0].shape == (2, 2)
+        with pytest.raises(TypeError, match="a slip within"):
+            model(slip=True).init(key, (4,), 1.0)
+
 
 def test_a_loss_must_be_a_scalar():
     model, params, stats, x = network()

@@ -25,6 +25,7 @@ from jax.typing import ArrayLike
 
 try:
     from flax import linen as nn
+    from flax.errors import InvalidRngError
     from flax.traverse_util import flatten_dict, unflatten_dict
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; bnjax.interop.flax needs the extra bnjax[interop]") from error
@@ -248,19 +249,39 @@ def model_from_flax(
     submodule is `Dense_0[1]`. Inside of `nn.scan` and `nn.vmap` nothing is shown.
 
     Args:
-      module: called with a batch x [N, ...], gives outputs [N, K]. It has the collections "params" and, if any,
-        "batch_stats", and needs no random numbers beside those of its initialization.
+      module: called with a batch x [N, ...], gives outputs [N, K]. Its `__call__` takes x and, by keyword, what
+        `arguments` gives it: `train`, by default. It has the collections "params" and, if any,
+        "batch_stats", and needs no random numbers beside those of its initialization: no active dropout.
       scaled: the submodules, by path, whose kernels `init_scale` multiplies: all arrays of rank 2 and above in
         them. None: all but the kernel of the module that returns last, the output layer. (That is the module
         itself where it has a kernel of its own.)
       arguments: the keyword arguments of the module in training (True) and evaluation (False). For a
-        module that has none, `lambda train: {}`.
+        module that has none, `lambda train: {}`; for one with `deterministic`, `lambda train: {"deterministic":
+        not train}`.
       config: identifies the network in stored results. None: the class and attributes of the module, and of modules
         among these. Functions count by name, so those that are defined in place need a `config`.
 
     Returns:
-      `Model`. Its `init` raises a ValueError for a name in `scaled` without kernels, and for other collections.
+      `Model`. Its `init` raises a ValueError for a name in `scaled` without kernels, and for other collections; all
+      its functions do for a module that takes other arguments or asks for random numbers.
     """
+
+    def call(function, *args, train, **options):
+        given = arguments(train)
+        try:
+            return function(*args, **given, **options)
+        except InvalidRngError as error:
+            raise ValueError(
+                f"{type(module).__name__} asks for random numbers, which a model does not get: leave dropout and the "
+                f"like out, or turn them off by arguments=lambda train: {{...}} ({error})"
+            ) from error
+        except TypeError as error:
+            if not re.search(r"__call__\(\) (got an unexpected keyword argument|missing)", str(error)):
+                raise
+            raise ValueError(
+                f"{type(module).__name__} was called with x and {given or 'nothing else'}: {error}. `arguments` says "
+                "what a module takes beside x: arguments=lambda train: {} if nothing"
+            ) from error
 
     def init(key, input_shape, init_scale=1.0):
         returned = []
@@ -271,7 +292,7 @@ def model_from_flax(
             return y
 
         with nn.intercept_methods(record):
-            variables = dict(module.init(key, jnp.zeros((1, *input_shape)), **arguments(False)))
+            variables = dict(call(module.init, key, jnp.zeros((1, *input_shape)), train=False))
         variables.pop("perturbations", None)
         variables.pop("intermediates", None)
         unknown = set(variables) - set(COLLECTIONS)
@@ -301,10 +322,8 @@ def model_from_flax(
 
     def forward(params, batch_stats, x, train, further=()):
         mutable = [*(["batch_stats"] if train else []), *further]
-        outputs, new = module.apply(
-            {"params": params, "batch_stats": batch_stats}, x, **arguments(train), mutable=mutable
-        )
-        return outputs, new
+        variables = {"params": params, "batch_stats": batch_stats}
+        return call(module.apply, variables, x, train=train, mutable=mutable)
 
     def apply(params, batch_stats, x, *, train):
         outputs, new = forward(params, batch_stats, x, train)
