@@ -35,11 +35,13 @@ ACTIVATIONS = MappingProxyType(
     }
 )
 
+ALIASES = MappingProxyType({"swish": "silu", "identity": "linear", "logistic": "sigmoid"})  # others' names
+
 
 def get(name: str) -> Callable[[jax.Array], jax.Array]:
     """The activation of that name.
 
     Raises:
-      ValueError: for an unknown name; it lists the known ones.
+      ValueError: for an unknown name, or a function; it lists the known names.
     """
-    return choose("activation", name, ACTIVATIONS)
+    return choose("activation", name, ACTIVATIONS, ALIASES)

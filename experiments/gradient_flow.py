@@ -327,13 +327,16 @@ def prepare(argv: list[str], folder: Path) -> Job:
         if not values or len({*values}) < len(values):
             raise ValueError(f"--{flag} must name at least one, and none twice, got {','.join(values)!r}")
     for name in FLAGS.activations:
-        choices.check("activation", name, activations.ACTIVATIONS)
+        choices.check("activation in --activations", name, activations.ACTIVATIONS, activations.ALIASES)
     for name in FLAGS.norms:
-        choices.check("norm", name, mlp.NORMS)
+        choices.check("norm in --norms", name, mlp.NORMS)
     depths, steps = integers("depths", least=1), integers("steps", least=0)
     if max(steps) == 0:
         raise ValueError(f"--steps must have one above 0, got {','.join(FLAGS.steps)}")
-    batch_norm.check_epsilon(FLAGS.epsilon)
+    try:
+        batch_norm.check_epsilon(FLAGS.epsilon)
+    except ValueError as error:
+        raise ValueError(f"--epsilon: {error}") from None
     scales, shown = (
         sorted(
             grid.check({"init_scale": common.parse_floats(flag, FLAGS[flag].value)}, bnjax.Hyperparams())[

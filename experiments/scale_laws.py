@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 import bnjax
-from bnjax import activations
+from bnjax import activations, choices
 from bnjax.sweeps import store
 from experiments import common
 from experiments.scaling import fixed_epsilon, laws, networks, trajectories
@@ -62,7 +62,7 @@ def check_flags() -> tuple[list[float], list[float]]:
     Raises:
       ValueError: naming the flag, for a value out of range.
     """
-    activations.get(FLAGS.activation)
+    choices.check("--activation", FLAGS.activation, activations.ACTIVATIONS, activations.ALIASES)
     factors = common.parse_floats("factors", FLAGS.factors)
     epsilons = common.parse_floats("epsilon", FLAGS.epsilon)
     for a in factors:

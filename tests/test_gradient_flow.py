@@ -269,15 +269,18 @@ def test_without_matplotlib(main, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"activations": "relu,tan"}, r"unknown activation 'tan' \(did you mean 'tanh'\?\).*relu"),
+        (
+            {"activations": "relu,tan"},
+            r"unknown activation in --activations 'tan' \(did you mean 'tanh'\?\).*relu",
+        ),
         ({"activations": ""}, "--activations must name at least one"),
         ({"norms": "batch,batch"}, "--norms must name at least one, and none twice, got 'batch,batch'"),
-        ({"norms": "layer"}, "unknown norm 'layer'.*batch, none"),
+        ({"norms": "layer"}, "unknown norm in --norms 'layer'.*batch, none"),
         ({"depths": "0,2"}, "--depths must be whole numbers of at least 1, got '0,2'"),
         ({"depths": "two"}, "--depths must be whole numbers"),
         ({"steps": "-1,5"}, "--steps must be whole numbers of at least 0"),
         ({"steps": "0"}, "--steps must have one above 0"),
-        ({"epsilon": -1}, "epsilon"),
+        ({"epsilon": -1}, "--epsilon: epsilon must be >= 0 and finite, got -1"),
         ({"seeds": "none"}, "--seeds takes"),
         ({"init_scales": "1:2"}, "--init_scales takes numbers"),
         ({"init_scales": "0,1"}, "init_scale must be positive"),

@@ -411,6 +411,10 @@ class TestBadInput:
             ValueError, match=rf"at least 4, got {batch_size}: .*Theorem 8 of .* needs B >= 4"
         ):
             mean_field.gradient_growth("relu", batch_size)
+        with pytest.raises(
+            ValueError, match=rf"at least 4, got {batch_size}: at epsilon above 0 .* finite for 2 and 3"
+        ):
+            mean_field.gradient_growth("relu", batch_size, epsilon=1e-5)
 
     @pytest.mark.parametrize("batch_size", [4.5, math.nan, math.inf, True, 1e12])
     def test_batch_size_of_another_kind(self, batch_size):

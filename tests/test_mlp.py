@@ -1,11 +1,14 @@
 """The multilayer perceptron against the same network written out by hand."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bnjax
+from bnjax import activations, choices
 from bnjax.models import mlp as mlp_module
 
 SHAPE = (2, 3, 1)
@@ -200,6 +203,7 @@ def test_no_hidden_layer_is_a_linear_classifier():
             {"activation": "rlu"},
             r"unknown activation 'rlu' \(did you mean 'relu'\?\); allowed: relu, leaky_relu",
         ),
+        ({"activation": "swish"}, r"unknown activation 'swish' \(did you mean 'silu'\?\); allowed: relu, "),
         ({"norm": "layer"}, "unknown norm 'layer'.*allowed: batch, none"),
         ({"norm_position": "before"}, "unknown norm_position 'before'"),
         ({"initializer": "xavier"}, "unknown initializer 'xavier'; allowed"),
@@ -214,3 +218,9 @@ def test_no_hidden_layer_is_a_linear_classifier():
 def test_bad_input(options, words):
     with pytest.raises(ValueError, match=words):
         bnjax.mlp(**options)
+
+
+def test_a_function_for_a_name():
+    """Behind the run-time check of annotations, which users do not have."""
+    with pytest.raises(ValueError, match=r"activation must be one of these names: relu, .*linear; got <.*>$"):
+        inspect.unwrap(choices.check)("activation", jax.nn.relu, activations.ACTIVATIONS)

@@ -388,7 +388,7 @@ class TestMain:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"activation": "tan"}, "unknown activation 'tan'.*tanh"),
+            ({"activation": "tan"}, "unknown --activation 'tan'.*tanh"),
             ({"epsilon": "-0.1"}, "--epsilon must be above 0"),
             ({"epsilon": "0"}, "--epsilon must be above 0"),
             ({"epsilon": "nan"}, "--epsilon must be above 0"),

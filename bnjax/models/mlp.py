@@ -44,7 +44,7 @@ def mlp(
     Args:
       features: widths of the hidden layers; () gives a linear classifier.
       num_outputs: K, the number of classes.
-      activation: of the hidden layers, by name (`bnjax.activations`).
+      activation: of the hidden layers, by name (`bnjax.activations`); functions are not taken.
       norm: of the hidden layers: "batch" or "none".
       norm_position: "before_activation" or "after_activation".
       initializer: of all kernels, by name (`bnjax.initializers`).

@@ -100,7 +100,8 @@ def gradient_growth(
 
     Args:
       activation: phi, a name or an elementwise JAX function.
-      batch_size: B, at least 4. None: infinite.
+      batch_size: B, at least 4, also at epsilon > 0, where the growth is finite for 2 and 3: they are not
+        implemented. None: infinite.
       epsilon: batch normalization's, inside the square root.
       weight_std: standard deviation of the weights times sqrt(fan_in), above 0.
       scale: batch normalization's, the same for all features, not 0.
@@ -868,8 +869,11 @@ def _check(batch_size, epsilon, weight_std, start):
     if batch_size > 1e9:
         raise ValueError(f"batch_size must be at most 1e9, got {batch_size}; None is an infinite batch")
     if batch_size <= 3:
-        raise ValueError(
-            f"batch_size must be at least 4, got {batch_size}: at 3 or below and epsilon 0 the expected squared "
-            "gradient is infinite (Theorem 8 of Yang et al. 2019 needs B >= 4)"
+        why = (
+            "at 3 or below and epsilon 0 the expected squared gradient is infinite (Theorem 8 of Yang et al. 2019 "
+            "needs B >= 4)"
+            if epsilon == 0
+            else "at epsilon above 0 the growth is finite for 2 and 3, too, but this quadrature is for 4 or more"
         )
+        raise ValueError(f"batch_size must be at least 4, got {batch_size}: {why}")
     return int(batch_size)
