@@ -250,7 +250,7 @@ def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = Non
             color = COLORS[i % len(COLORS)] if panel.paired else "0.3"
             axes.axvline(x, color=color, linewidth=1, linestyle=":", zorder=1)
             if not panel.paired:
-                place = (x, 0.02 + 0.06 * (i + bool(panel.levels)))  # a level may be at the foot
+                place = (x, 0.02 + 0.05 * (i + bool(panel.levels)))  # a level may be at the foot
                 axes.annotate(f" {name}", place, xycoords=("data", "axes fraction"), fontsize=8, color=color)
         for name, y in panel.levels.items():
             axes.axhline(y, color="0.4", linewidth=1, linestyle=":", zorder=1)
