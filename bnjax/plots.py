@@ -534,3 +534,57 @@ def _edges(values):
         else (2 * logs[:1] - middles[:1], 2 * logs[-1:] - middles[-1:])
     )
     return np.exp(np.concatenate([first, middles, last]))
+
+
+def shares(ratios: xr.DataArray, *, title: str = "") -> Figure:
+    """How near to a limit each of several implementations comes, workload by workload.
+
+    Args:
+      ratios: speeds over the limit's [workload, implementation, quantile], the middle one of three quantiles
+        being the point and the others its bar.
+      title: above the figure.
+
+    Returns:
+      A matplotlib figure: per cent of the limit on a logarithmic axis, over the workloads.
+    """
+    figure = Figure(figsize=(9, 4.8), layout="constrained", dpi=150)
+    axes = figure.add_subplot(yscale="log")
+    names = ratios.implementation.values
+    places = np.arange(ratios.sizes["workload"])
+    for i, name in enumerate(names):
+        low, middle, high = 100 * ratios.sel(implementation=name).transpose("quantile", "workload").values
+        x = places + 0.11 * (i - (len(names) - 1) / 2)
+        axes.errorbar(
+            x,
+            middle,
+            [middle - low, high - middle],
+            color=COLORS[i % len(COLORS)],
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle="none",
+            markersize=8,
+            label=str(name),
+        )
+        if i == 0:  # the others are read off the axis
+            for place, value in zip(x, middle, strict=True):
+                axes.annotate(
+                    f"{value:.0f}%",
+                    (place, value),
+                    (-7, 0),
+                    textcoords="offset points",
+                    ha="right",
+                    va="center",
+                )
+    axes.axhline(100, color="0.4", linewidth=1, linestyle=":", zorder=1)
+    axes.set_xticks(places, ratios.workload.values)
+    axes.set_xlim(-0.6, places[-1] + 0.6)
+    axes.set_ylabel("cell-steps per second,\n% of the matrix products alone")
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if t >= axes.get_ylim()[0]]
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(top=130)
+    axes.set_title(title)
+    axes.grid(alpha=0.25, axis="y")
+    figure.legend(
+        loc="outside lower center", ncols=len(names), fontsize=9, title="median and quartiles over rounds"
+    )
+    return figure

@@ -1,9 +1,10 @@
-"""What the batch normalization layer costs, beside others of the same mathematics.
+"""What bnjax costs beside others: the batch normalization layer, or with --workloads whole training sweeps.
 
     python -m experiments.benchmark
+    python -m experiments.benchmark --workloads=all
 
-times the forward and backward pass of a whole layer in training mode (y, updated statistics, gradients to x, scale
-and bias), and takes from the compiled program what it keeps from the one pass for the other, of
+The first times the forward and backward pass of a whole layer in training mode (y, updated statistics, gradients to
+x, scale and bias), and takes from the compiled program what it keeps from the one pass for the other, of
 
     bnjax       corrected two-pass statistics at any magnitude, one custom_jvp rule
     autodiff    the textbook formula, two passes, differentiated by JAX
@@ -13,12 +14,20 @@ and bias), and takes from the compiled program what it keeps from the one pass f
 all in one process, alternating, so that they share whatever the machine is doing. docs/batch_norm.md has what was
 measured. bnjax sums twice as often in the forward pass, since the others are wrong far from zero; it keeps x_hat
 and one number a feature, as little as any.
+
+The second trains the networks of each workload (`experiments/workloads`) with bnjax.sweep, evaluated at the end or
+along the way, and beside it: the matrix products alone, which is the limit; Flax in jit(vmap(scan)); PyTorch, one
+process per core (torch.func.vmap, too); a loop over a jitted JAX step. Those that are not installed are shown as such.
+It then measures where a sweep's time goes, the time to the first result and, with --growth, what a cell costs and how
+much memory is taken as the grid grows. docs/speed.md has what was measured; --docs=docs/speed.md writes it there.
 """
 
+import contextlib
 import math
+import platform
 import time
-from collections.abc import Callable
-from importlib import util
+from collections.abc import Callable, Iterator
+from importlib import metadata, util
 from pathlib import Path
 
 import jax
@@ -30,21 +39,50 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from bnjax import batch_norm
+from bnjax import batch_norm, choices
 from bnjax.types import BatchNormParams, BatchStats
 from bnjax.version import __version__
 from experiments import common
+from experiments.workloads import processes, speed, tables, workloads
 
 FLAGS = flags.FLAGS
+LAYER_ROUNDS, SWEEP_ROUNDS = 21, 5
+BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
 flags.DEFINE_list(
     "shapes",
     "64x32,128x128,256x512,1024x256,8192x1024,32x28x28x64",
     "Inputs, features last: NxC, or NxHxWxC for images.",
 )
-flags.DEFINE_integer("cells", 1, "Layers of each shape vmapped together, as in a sweep.", lower_bound=1)
-flags.DEFINE_integer("rounds", 21, "Alternating measurements of each implementation.", lower_bound=1)
-flags.DEFINE_float("milliseconds", 20.0, "Least length of one measurement.", lower_bound=0.0)
+flags.DEFINE_list(
+    "workloads", [], f"Sweeps to measure instead of layers: all, or {', '.join(workloads.ALL)}."
+)
+flags.DEFINE_integer(
+    "cells",
+    None,
+    "Layers of each shape vmapped together (default 1), or networks in a sweep (default: the workload's own).",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "steps", None, "Of each network in a sweep (default: the workload's own).", lower_bound=1
+)
+flags.DEFINE_integer(
+    "rounds",
+    None,
+    f"Alternating measurements of each implementation (default {LAYER_ROUNDS} of layers, {SWEEP_ROUNDS} of sweeps).",
+    lower_bound=1,
+)
+flags.DEFINE_float("milliseconds", 20.0, "Least length of one measurement of a layer.", lower_bound=0.0)
+flags.DEFINE_float("seconds", 1.0, "About the least length of one measurement of a sweep.", lower_bound=0.0)
+flags.DEFINE_list("peers", [*processes.PEERS], "What to measure beside bnjax's sweeps.")
+flags.DEFINE_bool("profile", True, "Measure where a sweep's time goes.")
+flags.DEFINE_bool("first_result", True, "Measure the time to a sweep's first result.")
+flags.DEFINE_bool("growth", False, "Measure what a cell of the smallest workload costs as the grid grows.")
+flags.DEFINE_list("growth_cells", ["64", "1024", "8192", "65536"], "Grids for --growth.")
+flags.DEFINE_integer("growth_steps", 100, "Steps of each cell for --growth.", lower_bound=1)
+flags.DEFINE_string(
+    "docs", None, "A Markdown page in which to replace the tables of sweeps, between its markers."
+)
 flags.DEFINE_string("out", "results/benchmark", "Output folder.")
 flags.DEFINE_bool("overwrite", False, "Replace what is in the output folder.")
 
@@ -242,28 +280,40 @@ def main(argv: list[str]) -> None:
     folder = Path(FLAGS.out).expanduser()
     try:
         common.check_arguments(argv)
-        shapes = [parse_shape(text) for text in FLAGS.shapes or [""]]
-        if len({*shapes}) < len(shapes):
-            raise ValueError(f"--shapes names a shape twice: {','.join(FLAGS.shapes)}")
+        run = check_sweeps() if FLAGS.workloads else check_layers()
         path = folder / common.RESULTS
         if path.exists() and not FLAGS.overwrite:
             raise ValueError(f"--out={folder} holds results already; choose another, or --overwrite")
         common.check_writable(folder)
     except (ValueError, OSError) as error:
         raise common.fail(str(error)) from None
+    run(folder)
+
+
+def check_layers() -> Callable[[Path], None]:
+    """The measurement of layers that the flags ask for, which takes the output folder; or ValueError."""
+    shapes = [parse_shape(text) for text in FLAGS.shapes or [""]]
+    if len({*shapes}) < len(shapes):
+        raise ValueError(f"--shapes names a shape twice: {','.join(FLAGS.shapes)}")
+    if FLAGS.docs:
+        raise ValueError(f"--docs={FLAGS.docs} takes the tables of sweeps: it needs --workloads")
+    return lambda folder: compare_layers(shapes, folder)
+
+
+def compare_layers(shapes: list[tuple[int, ...]], folder: Path) -> None:
+    """Measures, stores and prints."""
+    rounds, cells = FLAGS.rounds or LAYER_ROUNDS, FLAGS.cells or 1
     with rich.progress.Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=len(shapes) * FLAGS.rounds)
+        task = progress.add_task("measuring", total=len(shapes) * rounds)
         parts = [
-            measure(
-                shape, FLAGS.cells, FLAGS.rounds, FLAGS.milliseconds / 1e3, lambda: progress.advance(task)
-            )
+            measure(shape, cells, rounds, FLAGS.milliseconds / 1e3, lambda: progress.advance(task))
             for shape in shapes
         ]
     labels = np.array(["x".join(map(str, shape)) for shape in shapes], object)
     results = xr.concat(parts, xr.DataArray(labels, dims="shape", name="shape"))
     device = jax.devices()[0]
     results.attrs = {
-        "cells": FLAGS.cells,
+        "cells": cells,
         "command": common.command("benchmark"),
         "device": device.device_kind,
         "versions": {"bnjax": __version__, "jax": jax.__version__},
@@ -271,7 +321,109 @@ def main(argv: list[str]) -> None:
     path = common.save(results, folder, overwrite=FLAGS.overwrite)
     for table in report(results):
         common.console().print(table)
-    print(f"On {device.device_kind}, {FLAGS.cells} at a time. All measurements: {path}")
+    print(f"On {device.device_kind}, {cells} at a time. All measurements: {path}")
+
+
+def check_sweeps() -> Callable[[Path], None]:
+    """The measurement of sweeps that the flags ask for, which takes the output folder; or ValueError, OSError."""
+    names = [*workloads.ALL] if FLAGS.workloads == ["all"] else FLAGS.workloads
+    for flag, given, allowed in (
+        ("workloads", names, workloads.ALL),
+        ("peers", FLAGS.peers, processes.PEERS),
+    ):
+        for name in given:
+            choices.check(f"name in --{flag}", name, [*allowed])
+        if len({*given}) < len(given):
+            raise ValueError(f"--{flag} has a name twice: {','.join(given)}")
+    try:
+        grids = [int(text) for text in FLAGS.growth_cells]
+    except ValueError:
+        grids = []
+    if not grids or min(grids) < 1:
+        raise ValueError(
+            f"--growth_cells takes numbers such as 64,1024, each at least 1, got {','.join(FLAGS.growth_cells)!r}"
+        )
+    page = Path(FLAGS.docs).expanduser() if FLAGS.docs else None
+    if page and not (page.is_file() and BEGIN in page.read_text() and END in page.read_text()):
+        raise ValueError(f"--docs={page} is not a page with the markers {BEGIN} and {END}")
+    return lambda folder: compare_sweeps(names, grids, folder, page)
+
+
+def compare_sweeps(names: list[str], grids: list[int], folder: Path, page: Path | None) -> None:
+    """Measures, stores, prints and draws."""
+    from bnjax import plots  # matplotlib is for this alone
+
+    rounds = FLAGS.rounds or SWEEP_ROUNDS
+    peers = [name for name in FLAGS.peers if processes.installed(processes.PEERS[name])]
+    missing = [name for name in FLAGS.peers if name not in peers]
+    implementations = [*processes.OURS, *peers, *(processes.PARTS if FLAGS.profile else ())]
+    ticks = len(names) * len(implementations) * (rounds + 1)
+    ticks += FLAGS.first_result + FLAGS.growth * len(grids) * (rounds + 2)
+    options = {"rounds": rounds, "seconds": FLAGS.seconds}
+    try:
+        with progress_of(ticks) as tick:
+            results = speed.measure(
+                names, implementations, cells=FLAGS.cells, steps=FLAGS.steps, tick=tick, **options
+            )
+            if FLAGS.first_result:
+                results = results.merge(speed.first_result(names[0], FLAGS.cells, FLAGS.steps))
+                tick()
+            if FLAGS.growth:
+                results = results.merge(speed.growth(grids, FLAGS.growth_steps, tick=tick, **options))
+    except RuntimeError as error:
+        raise common.fail(str(error)) from None
+    found = {name: metadata.version(name) for name in ("jax", "flax", "torch") if util.find_spec(name)}
+    results.attrs = {
+        "command": common.command("benchmark"),
+        "machine": speed.machine(),
+        "not_installed": missing,
+        "versions": {"bnjax": __version__, "python": platform.python_version(), **found},
+    }
+    path = common.save(results, folder, overwrite=FLAGS.overwrite)
+    figure = folder / "speed.png"
+    if "products" in peers:
+        shown = ["bnjax", *(name for name in peers if name != "products")]
+        share = xr.concat(
+            [tables.ratios(results.speed, name, "products") for name in shown], "implementation"
+        )
+        titles = [tables.title(name) for name in shown]
+        share = share.assign_coords(implementation=np.array(titles, object))
+        plots.shares(share, title=f"Training sweeps on {speed.machine()}").savefig(figure)
+
+    figures, verdicts = tables.all_figures(results, missing), [*tables.verdicts(results)]
+    versions = ", ".join(f"{name} {version}" for name, version in results.attrs["versions"].items())
+    setting = f"{speed.machine()}; {versions}; {rounds} alternating rounds."
+    for one in figures:
+        common.console().print(tables.for_terminal(one))
+    print(*verdicts, setting, sep="\n")
+    text = "\n".join(
+        [
+            f"`{results.attrs['command']}`, on {setting}\n",
+            *map(tables.markdown, figures),
+            *(f"- {v}" for v in verdicts),
+        ]
+    )
+    (folder / "speed.md").write_text(f"# Training sweeps, measured\n\n{text}\n")
+    if page:
+        before, _, rest = page.read_text().partition(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    print(f"All measurements: {path}; tables: {page or folder / 'speed.md'}")
+    if "products" in peers:
+        print(f"figure: {figure}")
+
+
+@contextlib.contextmanager
+def progress_of(total: int) -> Iterator[Callable[[], None]]:
+    """A function to call after each of `total` measurements; what is left is shown on standard error."""
+    columns = (
+        rich.progress.TextColumn("measuring"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+    )
+    with rich.progress.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,41 @@ def check_arguments(argv: list[str]) -> None:
         raise ValueError(f"unknown argument {argv[1]!r}: everything is set by flags")
 
 
+def define_distributed() -> None:
+    """The flags of a run on several processes, for `prepare_process`."""
+    flags.DEFINE_bool(
+        "distributed", False, "Share the grid with the other processes of a jax.distributed job."
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0. Default: from Slurm, a TPU pod or Open MPI."
+    )
+    flags.DEFINE_integer("processes", None, "How many there are. Default: likewise.", lower_bound=1)
+    flags.DEFINE_integer(
+        "process", None, "Which of them this one is, from 0. Default: likewise.", lower_bound=0
+    )
+
+
+def join_others() -> None:
+    """Joins the job that the flags of `define_distributed` name, if any.
+
+    Raises:
+      ValueError: if they name it in part.
+      RuntimeError: if the job cannot be joined.
+    """
+    values = flags.FLAGS
+    given = {name: values[name].value for name in ("coordinator", "processes", "process")}
+    named = [f"--{name}" for name, value in given.items() if value is not None]
+    if named and not values.distributed:
+        raise ValueError(f"{', '.join(named)} without --distributed")
+    if named and len(named) < 3:
+        raise ValueError(
+            f"--coordinator, --processes and --process belong together, got only {', '.join(named)}"
+        )
+    if values.distributed:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(given["coordinator"], given["processes"], given["process"])
+
+
 def prepare_process() -> None:
     """One XLA device per core on CPU, unless set otherwise; no chatter. To be called before JAX's first array."""
     logging.set_verbosity(logging.WARNING)

@@ -19,7 +19,7 @@ from rich.table import Table
 import bnjax
 from bnjax import activations, choices, plots, training
 from bnjax.models import mlp
-from bnjax.sweeps import grid, robustness, run, store
+from bnjax.sweeps import grid, robustness, run
 from experiments import common
 
 FLAGS = flags.FLAGS
@@ -69,6 +69,7 @@ flags.DEFINE_integer("width", None, "Cells vmapped together on one device. Defau
 flags.DEFINE_integer(
     "segment", None, "Most steps in one call of the program. Default: chosen.", lower_bound=1
 )
+common.define_distributed()
 flags.DEFINE_integer("devices", None, "Local devices to use. Default: all.", lower_bound=1)
 
 SCRIPT = "init_robustness"
@@ -97,10 +98,11 @@ def main(argv: list[str]) -> None:
         if FLAGS.status:
             common.console().print(common.status_table(path))
             return
+        common.join_others()
         job = prepare(argv, path.parent)
         if common.is_done(path) and not FLAGS.overwrite:
             print(f"All cells of {path} are done; they are checked, and what is whole is not trained again.")
-        with common.replacing(path, FLAGS.overwrite):
+        with common.replacing(path, FLAGS.overwrite and jax.process_index() == 0):
             results = bnjax.sweep(
                 *job[:4],
                 hyper=job.hyper,
@@ -112,9 +114,12 @@ def main(argv: list[str]) -> None:
                 segment=FLAGS.segment,
                 devices=job.devices,
             )
-    except (ValueError, OSError, ImportError, store.Busy) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         raise common.fail(str(error)) from None
-    report(results, path)
+    if "done" in results:
+        raise common.fail(f"another process ended early; the same command trains the rest of {path}")
+    if jax.process_index() == 0:
+        report(results, path)
 
 
 def prepare(argv: list[str], folder: Path) -> Job:

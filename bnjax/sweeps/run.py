@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
+from jax.experimental import multihost_utils
 
 from bnjax import choices
 from bnjax.sweeps import grid, program, store
@@ -96,7 +97,8 @@ def sweep(
 
     Raises:
       ValueError: for axes, hyperparameters, data, probes or a width that are not allowed, or if what stands at
-        `path` was made by another sweep (it says in what they differ), before any work.
+        `path` was made by another sweep (it says in what they differ), before any work; or without a `path` for
+        several processes.
       Damaged: (a ValueError) if what stands there is damaged beyond repair.
       Busy: if another run is writing there.
       OSError: if the results cannot be written. What was committed stays.
@@ -111,18 +113,13 @@ def sweep(
         check(one, ds, config)
     probes = _probes(probe, models, ds, coords)
     stored = None if path is None else store.read_layout(store.recovered(path))
-    plans = {
-        name: make_plan(
-            m,
-            ds,
-            config,
-            width=width,
-            segment=segment,
-            devices=devices,
-            stored=stored and stored.attributes.get("plan", {}).get(name),
-        )
-        for name, m in models.items()
-    }
+
+    def planned(stored):
+        given = {"width": width, "segment": segment, "devices": devices}
+        known = {} if stored is None else stored.attributes["plan"]
+        return {name: make_plan(m, ds, config, **given, stored=known.get(name)) for name, m in models.items()}
+
+    plans = planned(stored)
     variables, further = _variables(models, ds, config, probes)
     shape = tuple(len(values) for values in coords.values())
     about = dict(about or {})
@@ -138,10 +135,12 @@ def sweep(
         attributes,
     )
     cells = grid.cells(coords, hyper)
-    with _opened(path, layout, stored, cells, allow_changed) as results:
-        todo = results.remaining()
-        total = sum(len(chunk.cells) for chunk in results.layout.chunks())
+    with _shared(path, layout, stored, cells, allow_changed) as results:
+        plans = planned(results.layout)
+        todo = results.remaining()[jax.process_index() :: jax.process_count()]
         left = sum(len(chunk.cells) for chunk in todo)
+        every = len(models) * len(cells.seed)
+        total = every if jax.process_count() == 1 else left  # of several processes each shows its share
         with Progress(total, done=total - left, enabled=progress and bool(todo)) as bar:
             on_devices = {}
             for chunk in todo:
@@ -160,6 +159,7 @@ def sweep(
                     seconds=60.0 * checkpoint_minutes if path is not None else None,
                     tick=functools.partial(bar.advance, name),
                 )
+        _wait_for_others(results)
         return store.load(results.files.store)
 
 
@@ -334,6 +334,57 @@ def _probes(probe, models, ds, coords):
 
 
 @contextlib.contextmanager
+def _shared(path, *given) -> Iterator[store.Store]:
+    """The store of `_opened`, for each process of a distributed job: process 0 opens it and says what is done."""
+    index, count = jax.process_index(), jax.process_count()
+    if count > 1 and path is None:
+        raise ValueError(
+            "a sweep by several processes needs a path, where they leave their shares of the results"
+        )
+    with contextlib.ExitStack() as stack:
+        results, problem = None, None
+        if index == 0:
+            try:
+                results = stack.enter_context(_opened(path, *given))
+            except Exception as error:
+                if count == 1:
+                    raise
+                problem = error
+        if count > 1:
+            results = _joined(path, results, problem, stack)
+        yield results
+
+
+def _joined(path, results, problem, stack) -> store.Store:
+    """What process 0 found, in all processes; the only time that they wait for one another."""
+    size = -1 if results is None else len(results.layout.chunks())
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(size)))
+    if size < 0:
+        raise problem or RuntimeError(f"process 0 could not open {path}; it says why")
+    there = np.zeros(size, bool)
+    if results is not None:
+        there[:] = [chunk.key in results.committed for chunk in results.layout.chunks()]
+    there = multihost_utils.broadcast_one_to_all(there)
+    if results is None:
+        files = store.Files(path)
+        stack.enter_context(store.lease(files, jax.process_index(), jax.process_count()))
+        results = store.Store(files, store.read_layout(files))
+        results.committed |= {
+            chunk.key for chunk, yes in zip(results.layout.chunks(), there, strict=True) if yes
+        }
+    return results
+
+
+def _wait_for_others(results: store.Store) -> None:
+    """Until all chunks are committed, or nobody is left who would."""
+    chunks = len(results.layout.chunks())
+    while jax.process_count() > 1 and len(results.files.list(store.LEDGER)) < chunks:
+        if len(store.writers(results.files)) < 2:
+            break
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
 def _opened(
     path: store.StoreLike | None,
     asked: store.Layout,
@@ -349,13 +400,13 @@ def _opened(
         asked = _continued(path, stored, asked, cells, allow_changed)
     files = store.Files(path)
     if stored is not None and not _same_grid(stored, asked):
-        with store.lease(files):
+        with store.lease(files, 0, jax.process_count()):
             extended = _extended(store.open_store(files, stored), asked, cells)
         store.replace(extended, files.local)
-    with store.lease(files):
+    with store.lease(files, 0, jax.process_count()):
         if stored is not None:
             yield store.open_store(files, asked)
-        elif {*files.list()} <= {f"{store.LEASE}/0-of-1"}:
+        elif {*files.list()} <= {f"{store.LEASE}/0-of-{jax.process_count()}"}:
             yield store.create(files, asked)
         else:
             raise ValueError(f"{path} is not empty, and holds no results of a sweep: choose another place")

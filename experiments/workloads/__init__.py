@@ -1,0 +1,1 @@
+"""Whole training sweeps, by bnjax and by others: what `experiments.benchmark --workloads` measures."""

@@ -1,0 +1,176 @@
+"""Measuring sweeps side by side: alternating, in rounds, so that all share whatever the machine is doing."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import xarray as xr
+
+from experiments.workloads import processes, workloads
+
+STAGES = ("import", "first sweep", "second sweep")
+CACHES = ("empty caches", "a later process")
+
+
+def size(name: str, cells: int | None, steps: int | None) -> tuple[int, int]:
+    """(cells, steps) of a measurement of that workload."""
+    workload = workloads.ALL[name]
+    return cells or workload.cells_per_core * len(processes.cores()), steps or workload.steps
+
+
+@contextlib.contextmanager
+def crews(names: Sequence[str]) -> Iterator[dict[str, list]]:
+    """{implementation: its processes}; those of a kind and a library share theirs, unless the settings differ."""
+    shared = {}
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            one = processes.ALL[name]
+            if (one.kind, one.needs) not in shared:
+                shared[one.kind, one.needs] = stack.enter_context(processes.started(one.kind))
+        yield {name: shared[processes.ALL[name].kind, processes.ALL[name].needs] for name in names}
+
+
+def speed(answers: Sequence[dict]) -> float:
+    """Cell-steps per second of all processes together, each by its own clock."""
+    return sum(answer["cell_steps"] / answer["seconds"] for answer in answers)
+
+
+def measure(
+    names: Sequence[str],
+    implementations: Sequence[str],
+    *,
+    cells: int | None,
+    steps: int | None,
+    rounds: int,
+    seconds: float,
+    tick: Callable[[], None] = lambda: None,
+) -> xr.Dataset:
+    """Trains the networks of each workload by each implementation, round by round.
+
+    Args:
+      names: of workloads.
+      implementations: names in `processes.ALL`, "bnjax" among them and before the parts.
+      cells: networks in a sweep; None: the workload's own number.
+      steps: of each network; None: the workload's own number.
+      rounds: measurements of each.
+      seconds: about how long one is to take at least, where it can be chosen.
+      tick: called after each measurement, and each time one has been made ready.
+
+    Returns:
+      `speed` [workload, implementation, round], cell-steps per second; `width` and `steps_taken`
+      [workload, implementation], 0 where they say nothing; `cells`, `steps` [workload].
+    """
+    speeds = np.full((len(names), len(implementations), rounds), np.nan)
+    known = {key: np.zeros((len(names), len(implementations)), int) for key in ("width", "steps")}
+    with crews(implementations) as found:
+        for i, workload in enumerate(names):
+            n, t = size(workload, cells, steps)
+            for j, name in enumerate(implementations):
+                asked = {"workload": workload, "cells": n, "steps": t, "seconds": seconds}
+                if name in processes.PARTS:
+                    asked["width"] = int(known["width"][i, implementations.index("bnjax")])
+                run = {"name": name, "implementation": name}
+                answer = processes.ask(found[name], "prepare", **run, **asked)[0]
+                for key, value in answer.items():
+                    known[key][i, j] = value
+                tick()
+            for k in range(rounds):
+                for j in np.roll(np.arange(len(implementations)), -k):  # nobody is always the first
+                    name = implementations[j]
+                    speeds[i, j, k] = speed(processes.ask(found[name], "run", name=name))
+                    tick()
+    sizes = np.array([size(name, cells, steps) for name in names])
+    both = ("workload", "implementation")
+    return xr.Dataset(
+        {
+            "speed": ((*both, "round"), speeds, {"units": "cell-steps / s"}),
+            "width": (both, known["width"]),
+            "steps_taken": (both, known["steps"]),
+            "cells": ("workload", sizes[:, 0]),
+            "steps": ("workload", sizes[:, 1]),
+        },
+        {"workload": np.array(names, object), "implementation": np.array(implementations, object)},
+    )
+
+
+def first_result(name: str, cells: int | None, steps: int | None) -> xr.Dataset:
+    """`first_result` [caches, stage] in seconds: of a process that finds empty caches, and of one that comes after."""
+    n, t = size(name, cells, steps)
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in CACHES:
+            with processes.started("devices", XDG_CACHE_HOME=folder) as crew:
+                (answer,) = processes.ask(crew, "first_sweep", workload=name, cells=n, steps=t)
+            found.append([answer[stage] for stage in STAGES])
+    return xr.Dataset(
+        {"first_result": (("caches", "stage"), found, {"units": "s", "workload": name})},
+        {"caches": np.array(CACHES, object), "stage": np.array(STAGES, object)},
+    )
+
+
+def growth(
+    grids: Sequence[int],
+    steps: int,
+    rounds: int,
+    seconds: float,
+    tick: Callable[[], None] = lambda: None,
+    workload: str = workloads.SMALLEST,
+) -> xr.Dataset:
+    """What a cell costs as the grid grows, and the memory that the whole takes.
+
+    Args:
+      grids: numbers of cells.
+      steps: of each cell.
+      rounds: measurements of each, alternating.
+      seconds: about how long one is to take at least.
+      tick: called after each measurement, and each time one has been made ready.
+      workload: which networks.
+
+    Returns:
+      `cell_seconds` [grid, grid_round]; `peak_memory` [grid] in bytes, each in a process of its own.
+    """
+    found = np.full((len(grids), rounds), np.nan)
+    peaks = []
+    asked = {"implementation": "bnjax", "workload": workload}
+    for cells in grids:
+        with processes.started("devices") as crew:
+            processes.ask(crew, "prepare", name="", cells=cells, steps=2, seconds=0, **asked)
+            peaks.append(processes.ask(crew, "peak_memory")[0]["bytes"])
+        tick()
+    with processes.started("devices") as crew:
+        for cells in grids:
+            processes.ask(
+                crew, "prepare", name=str(cells), cells=cells, steps=steps, seconds=seconds, **asked
+            )
+            tick()
+        for k in range(rounds):
+            for i in np.roll(np.arange(len(grids)), -k):
+                found[i, k] = steps / speed(processes.ask(crew, "run", name=str(grids[i])))
+                tick()
+    return xr.Dataset(
+        {
+            "cell_seconds": (("grid", "grid_round"), found, {"units": "s", "workload": workload}),
+            "peak_memory": ("grid", peaks, {"units": "B", "workload": workload}),
+        },
+        {"grid": list(grids)},
+    )
+
+
+def machine() -> str:
+    """The kind of processor, how many cores of it, and the memory."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = dict(line.split(":", 1) for line in file if ":" in line)
+        lines = {key.strip(): value.strip() for key, value in lines.items()}
+        name, flags = lines.get("model name", "processor"), lines.get("flags", "").split()
+    except OSError:
+        name, flags = "processor", []
+    vector = next((set_ for set_ in ("avx512f", "avx2", "avx") if set_ in flags), "")
+    count = len(processes.cores())
+    try:
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
+    except (ValueError, OSError, AttributeError):
+        memory = ""
+    return f"{name}{f' ({vector})' if vector else ''}, {count} core{'s' if count > 1 else ''}{memory}"
