@@ -1,0 +1,114 @@
+"""Several processes on this machine share one grid; what they leave is what one process leaves."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+
+import bnjax
+from bnjax.sweeps import plan, store
+
+ROOT = Path(__file__).parents[1]
+WORKER = """
+import sys
+import jax
+path, address, count, index = sys.argv[1:]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 1)
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, int(count), int(index))
+from tests import test_distributed
+found = test_distributed.sweep(path)
+print("all done", "done" not in found, flush=True)
+"""
+
+
+def sweep(path, **options):
+    """10 chunks of 2 cells, on one device."""
+    import jax
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(128, 12)).astype(np.float32), rng.integers(4, size=128).astype(np.int32)
+    groups, plan.GROUPS = plan.GROUPS, 1
+    try:
+        return bnjax.sweep(
+            bnjax.mlp((8,), 4),
+            bnjax.Dataset(x, y, x, y),
+            bnjax.TrainConfig(steps=20, batch_size=32),
+            {"seed": range(10), "init_scale": (0.1, 1.0)},
+            path=path,
+            width=2,
+            devices=jax.local_devices()[:1],
+            progress=False,
+            **options,
+        )
+    finally:
+        plan.GROUPS = groups
+
+
+def start(path, count):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(path), address, str(count), str(i)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(processes):
+    for process in processes:
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, out
+        assert "all done True" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_shares_are_the_whole(tmp_path, count):
+    finish(start(tmp_path / "r.zarr", count))
+    found = bnjax.load_results(tmp_path / "r.zarr")
+    xr.testing.assert_equal(found, sweep(None))
+    assert store.writers(store.Files(tmp_path / "r.zarr")) == []
+
+
+@pytest.mark.slow
+def test_one_is_killed_and_another_number_goes_on(tmp_path):
+    path = tmp_path / "r.zarr"
+    processes = start(path, 2)
+    ledger = path / "bnjax" / "ledger"
+    until = time.monotonic() + 120
+    while not (ledger.exists() and any(ledger.iterdir())) and time.monotonic() < until:
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGKILL)
+    processes[0].kill()  # JAX would end it, too, but only when it has missed the other for 100 s
+    for process in processes:
+        process.communicate(timeout=60)
+    done = {p.name: p.read_bytes() for p in ledger.iterdir()}
+    assert done
+    finish(start(path, 3))
+    assert {name: (ledger / name).read_bytes() for name in done} == done
+    xr.testing.assert_equal(bnjax.load_results(path), sweep(None))
+
+
+def test_needs_a_path(monkeypatch):
+    import jax
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="by several processes needs a path"):
+        sweep(None)
