@@ -41,6 +41,7 @@ class Progress:
     def advance(self, model: str, cells: int, diverged: int) -> None:
         """Counts a chunk of `cells`, `diverged` of them, of the model of that name."""
         self._diverged += diverged
+        name = f" ({model})" if model else ""
         task = self._bar.tasks[0]
         seconds = time.monotonic() - self._start
         speed = (task.completed + cells - self._done_before) / seconds
@@ -48,14 +49,14 @@ class Progress:
             self._task,
             advance=cells,
             left="in all" if task.completed + cells >= task.total else "left",
-            note=f"{speed:.3g}/s, {self._diverged} diverged {model}".rstrip(),
+            note=f"{speed:.3g}/s, {self._diverged} diverged{name}",
         )
         if self._lines and (task.finished or time.monotonic() - self._last_line > LINE_SECONDS):
             self._last_line = time.monotonic()
             left = (task.total - task.completed) / speed
             self._bar.console.print(
                 f"{task.completed:.0f}/{task.total:.0f} cells, {speed:.3g}/s, {self._diverged} diverged, "
-                f"{seconds:.0f} s so far, {left:.0f} s left {model}".rstrip(),
+                f"{seconds:.0f} s so far, {left:.0f} s left{name}",
                 soft_wrap=True,
                 highlight=False,
             )

@@ -198,7 +198,8 @@ def train_chunk(
     if "done" in saved:
         done = saved["done"]
         values |= {name: saved[f"value {name}"] for name in values}
-        tick(int(done.sum()), int(values["diverged"][done].sum()))
+        if done.any():
+            tick(int(done.sum()), int(values["diverged"][done].sum()))
     halfway = _unpacked(saved, programs, ds, config, plan, layout)
     last = time.monotonic()
 
