@@ -74,6 +74,7 @@ class TestResume:
     def test_is_the_same_in_memory_and_on_disk(self, sweep):
         xr.testing.assert_equal(sweep(), sweep(path=None))
 
+    @pytest.mark.slow
     def test_segments_change_nothing_but_rounding(self, sweep):
         """11 steps amplify 1e-7 to less than 1e-4; an angle near 0 is the root of a rounding error."""
         one, other = sweep(), sweep(path=None, segment=None)

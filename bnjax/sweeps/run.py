@@ -406,6 +406,7 @@ def _opened(
         store.replace(extended, files.local)
     with store.lease(files, 0, jax.process_count()):
         if stored is not None:
+            store.remove_replaced(files)
             yield store.open_store(files, asked)
         elif {*files.list()} <= {f"{store.LEASE}/0-of-{jax.process_count()}"}:
             yield store.create(files, asked)

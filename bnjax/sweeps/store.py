@@ -26,6 +26,7 @@ import socket
 import threading
 import time
 import uuid
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
@@ -38,6 +39,11 @@ import zarr
 from zarr.buffer import default_buffer_prototype
 from zarr.codecs import Crc32cCodec
 from zarr.core.sync import sync
+
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 log = logging.getLogger("bnjax")
 
@@ -209,18 +215,45 @@ class Files:
 
     def put(self, key: str, value: bytes) -> None:
         """Replaces them; in a folder in one stroke."""
-        sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(value)))
+        with self.named():
+            sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(value)))
 
     def put_new(self, key: str, value: bytes) -> None:
         """Only if there are none."""
-        sync(self.store.set_if_not_exists(key, default_buffer_prototype().buffer.from_bytes(value)))
+        with self.named():
+            sync(self.store.set_if_not_exists(key, default_buffer_prototype().buffer.from_bytes(value)))
+
+    @contextlib.contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors of the system, such as of a full disk, say where."""
+        try:
+            yield
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            raise OSError(error.errno, error.strerror or str(error), self.name) from error
+
+    @contextlib.contextmanager
+    def alone(self, folder: str) -> Iterator[None]:
+        """One process at a time, if it is a folder of a file system."""
+        if self.local is None or fcntl is None:
+            yield
+            return
+        with self.named():
+            (self.local / folder).mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.local / folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
 
     def delete(self, key: str) -> None:
         """Also if there are none."""
         sync(self.store.delete(key))
 
     def list(self, folder: str = "") -> list[str]:
-        """The keys in it, without it."""
+        """The keys in it, without it, but for files that a process is writing, or left when it died."""
         if self._absent():
             return []
         prefix = f"{folder}/" if folder else ""
@@ -228,7 +261,7 @@ class Files:
         async def collect():
             return [key async for key in self.store.list_prefix(prefix)]
 
-        return sorted(key[len(prefix) :] for key in sync(collect()))
+        return sorted(key[len(prefix) :] for key in sync(collect()) if not key.endswith(".partial"))
 
 
 # The store of a sweep
@@ -237,16 +270,17 @@ class Files:
 class Store:
     """Results in the making. Made by `create` or `resume`."""
 
-    def __init__(self, files: Files, layout: Layout):
+    def __init__(self, files: Files, layout: Layout, mode: str = "a"):
         self.files, self.layout = files, layout
-        self.group = zarr.open_group(files.store, mode="a")
+        self.group = zarr.open_group(files.store, mode=mode)
         self.committed: set[str] = set()
 
     def commit(self, chunk: Chunk, values: Mapping[str, np.ndarray]) -> None:
         """Writes the values [cells, ...] of a chunk, and then that they are there."""
         values = {name: self._prepared(name, chunk, values) for name in self.layout.variables}
-        for name, value in values.items():
-            self.group[name][self.layout.region(chunk)] = value
+        with self.files.named():
+            for name, value in values.items():
+                self.group[name][self.layout.region(chunk)] = value
         self.files.put(f"{LEDGER}/{chunk.key}", digest(values).encode())
         self.files.delete(f"{CHECKPOINT}/{chunk.key}")
         self.committed.add(chunk.key)
@@ -287,18 +321,21 @@ class Store:
 
     def verify(self) -> None:
         """Finds out which chunks are committed; what is damaged no longer is, and says so."""
-        entries = set(self.files.list(LEDGER))
+        entries, checkpoints = ({*self.files.list(folder)} for folder in (LEDGER, CHECKPOINT))
         for chunk in self.layout.chunks():
             if chunk.key not in entries:
                 continue
-            problem = self._problem(chunk)
+            problem = self.problem(chunk)
             if problem is None:
                 self.committed.add(chunk.key)
+                if chunk.key in checkpoints:  # its process died before it removed it
+                    self.files.delete(f"{CHECKPOINT}/{chunk.key}")
                 continue
             self.files.delete(f"{LEDGER}/{chunk.key}")
             log.warning("%s: %s; they are trained again", self.files.name, problem)
 
-    def _problem(self, chunk: Chunk) -> str | None:
+    def problem(self, chunk: Chunk) -> str | None:
+        """What is wrong with a committed chunk, in words; None: nothing."""
         who = self.layout.who(chunk)
         for variable in self.layout.variables:
             try:
@@ -451,8 +488,11 @@ def lease(files: Files, index: int = 0, count: int = 1) -> Iterator[None]:
                 f"{time.time() - one['confirmed']:.0f} s ago"
             )
 
-    refuse()
-    files.put_new(key, text())
+    with files.alone(
+        LEASE
+    ):  # what is found dead here must not have been replaced by a living one when it is deleted
+        refuse()
+        files.put_new(key, text())
     stop = threading.Event()
     try:
         refuse()
@@ -559,6 +599,12 @@ def recovered(path: StoreLike) -> Files:
     return files
 
 
+def remove_replaced(files: Files) -> None:
+    """Removes what a `replace` that was cut off after its work had left."""
+    if files.local is not None:
+        shutil.rmtree(_replaced(files.local), ignore_errors=True)
+
+
 def _replaced(path: Path) -> Path:
     return path.with_name(f".{path.name}.replaced")
 
@@ -578,15 +624,37 @@ def load(path: StoreLike) -> xr.Dataset:
       Damaged: (a ValueError) if what is there is not what was stored; it says what.
     """
     files = Files(path, write=False)
+    layout = read_layout(files)
+    entries = {} if layout is None else {key: files.get(f"{LEDGER}/{key}") for key in files.list(LEDGER)}
     try:
-        layout = read_layout(files)
-        entries = {} if layout is None else {key: files.get(f"{LEDGER}/{key}") for key in files.list(LEDGER)}
-        found = xr.open_zarr(files.store, consolidated=False).load()
+        if layout is not None and not entries:  # the variables may not be there yet
+            return _labelled(layout, {})
+        with warnings.catch_warnings():  # what a killed process left of a write is not part of it
+            warnings.filterwarnings("ignore", r"Object at \S*\.partial is not recognized")
+            found = xr.open_zarr(files.store, consolidated=False).load()
         return found if layout is None else _checked(found, layout, entries)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no results at {path}") from None
-    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-        raise Damaged(f"{path} is damaged: {_first_line(error)}") from error
+    except PermissionError:
+        raise
+    except (
+        Exception
+    ) as error:  # whatever xarray, zarr, its codecs and the file system raise for a damaged file
+        if layout is None and isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"no results at {path}") from None
+        if layout is not None and read_layout(files).as_attributes() != layout.as_attributes():
+            return load(path)  # they were extended meanwhile
+        what = [] if layout is None else _damages(files, layout, entries)
+        raise Damaged(f"{path} is damaged: {'; '.join(what[:5]) or _first_line(error)}") from error
+
+
+def _damages(files: Files, layout: Layout, entries: Mapping[str, bytes]) -> list[str]:
+    """What is damaged, in words."""
+    found = [
+        f"{key} is damaged or missing" for key, value in frame(layout).items() if files.get(key) != value
+    ]
+    with contextlib.suppress(Exception):
+        store = Store(files, layout, "r")
+        found += filter(None, (store.problem(chunk) for chunk in layout.chunks() if chunk.key in entries))
+    return found
 
 
 def _checked(found: xr.Dataset, layout: Layout, entries: Mapping[str, bytes]) -> xr.Dataset:
@@ -595,7 +663,7 @@ def _checked(found: xr.Dataset, layout: Layout, entries: Mapping[str, bytes]) ->
     if layout.labelled:
         coordinates["model"] = np.asarray(layout.models)
     for name, values in coordinates.items():
-        if found[name].values.tolist() != values.tolist():
+        if found[name].dims != (name,) or found[name].values.tolist() != values.tolist():
             raise ValueError(f"the coordinate {name}")
     values = {name: np.array(found[name].transpose(*layout.dims(name)).values) for name in layout.variables}
     for chunk in layout.chunks():
@@ -603,15 +671,32 @@ def _checked(found: xr.Dataset, layout: Layout, entries: Mapping[str, bytes]) ->
         here = {name: value[region].astype(layout.variables[name].dtype) for name, value in values.items()}
         if chunk.key not in entries:
             for name, value in values.items():
-                value[region] = {"f": math.nan, "b": False}.get(
-                    np.dtype(layout.variables[name].dtype).kind, -1
-                )
+                value[region] = _nothing(layout.variables[name].dtype)
         elif digest(here).encode() != entries[chunk.key]:
             raise ValueError(f"{layout.who(chunk)} are not what was committed (a sweep trains them again)")
-    variables = {name: (layout.dims(name), values[name], v.attrs) for name, v in layout.variables.items()}
-    found = found.drop_vars(variables).assign(variables)
-    found.attrs = dict(layout.attributes)
+    return _labelled(layout, values)
+
+
+def _labelled(layout: Layout, values: Mapping[str, np.ndarray]) -> xr.Dataset:
+    """The data set of these values, or of a sweep's that has not begun."""
+    sizes = {name: len(v) for name, v in {**layout.axes, **layout.further, "model": layout.models}.items()}
+    variables = {
+        name: (
+            layout.dims(name),
+            values.get(name, np.full([sizes[dim] for dim in layout.dims(name)], _nothing(v.dtype), v.dtype)),
+            v.attrs,
+        )
+        for name, v in layout.variables.items()
+    }
+    coordinates = {**layout.axes, **layout.further} | ({"model": layout.models} if layout.labelled else {})
+    coordinates = {name: (name, _objects(np.asarray(values))) for name, values in coordinates.items()}
+    found = xr.Dataset(variables, coordinates, layout.attributes)
     return found.drop_vars("done") if found.done.all() else found
+
+
+def _nothing(dtype):
+    """The value of cells that are not done."""
+    return {"f": math.nan, "b": False}.get(np.dtype(dtype).kind, -1)
 
 
 def _first_line(error: Exception) -> str:
