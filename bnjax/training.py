@@ -12,6 +12,12 @@ finite. It is then frozen at the last state whose own loss was finite, and its h
 state's figures; a probe sees that state, too. A test loss that is not finite (of a network that is infinite
 from the start, or between the step that ruined it and the next one's loss, which shows it) is recorded as the
 largest float32; after the last step it counts as divergence too, at step `config.steps`.
+
+Looking at every number of the state after each step would take a quarter of the time. So a block of steps is
+taken without a look, and its end is looked at: a number that is not finite stays so. Where a cell has diverged, all
+cells that are mapped over go back to the start of the block before, and on from there a step at a time; by the same
+compiled step, so that for those that have not diverged nothing changes, to the last bit. Once all have diverged,
+no more steps are taken.
 """
 
 import numbers
@@ -28,6 +34,7 @@ from bnjax import choices
 from bnjax.types import Array, Dataset, History, Hyperparams, Model, Probe, PyTree, Snapshot
 
 LARGEST = float(jnp.finfo(jnp.float32).max)
+BLOCK = 32  # most steps between two looks for divergence
 TEST_BATCH = 1000  # examples evaluated at once, so that memory does not grow with the test split
 
 
@@ -96,20 +103,24 @@ class TrainConfig:
         return (*range(every, self.steps, every), self.steps)
 
 
-class RunState(NamedTuple):
-    """A training run between two of its steps."""
+class Cell(NamedTuple):
+    """A network in training."""
 
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
-    good: tuple[
-        PyTree, PyTree
-    ]  # (params, batch_stats) before the last step: where a loss that is not finite leads
-    initial: tuple[PyTree, PyTree] | None  # (params, batch_stats) at the start, for a probe
     diverged_step: jax.Array  # [] int32, -1 as long as it has not
-    averages: tuple[
-        jax.Array, jax.Array, jax.Array
-    ]  # training loss, accuracy and steps since the last evaluation
+    averages: tuple[jax.Array, jax.Array, jax.Array]
+    """Training loss, accuracy and number of steps since the last evaluation."""
+
+
+class RunState(NamedTuple):
+    """A training run between two of its steps."""
+
+    cell: Cell
+    good: tuple[PyTree, PyTree]
+    """(params, batch_stats) before the last step: where a loss that is not finite leads."""
+    initial: tuple[PyTree, PyTree] | None  # (params, batch_stats) at the start, for a probe
 
 
 class Recorded(NamedTuple):
@@ -192,7 +203,9 @@ def make_run(model: Model, config: TrainConfig, probe: Probe | None = None) -> R
     def probed(state, ds, hyper):
         if probe is None:
             return {}
-        measured = probe.measure(Snapshot(state.params, state.batch_stats, *state.initial, ds, hyper))
+        measured = probe.measure(
+            Snapshot(state.cell.params, state.cell.batch_stats, *state.initial, ds, hyper)
+        )
         return {name: jnp.asarray(value) for name, value in measured.items()}
 
     def start(hyper, ds):
@@ -202,7 +215,7 @@ def make_run(model: Model, config: TrainConfig, probe: Probe | None = None) -> R
         opt_state = OPTIMIZERS[config.optimizer](hyper).init(drawn[0])
         averages = (jnp.float32(LARGEST), jnp.float32(0), jnp.int32(0))
         initial = None if probe is None else drawn
-        state = RunState(*drawn, opt_state, drawn, initial, jnp.int32(-1), averages)
+        state = RunState(Cell(*drawn, opt_state, jnp.int32(-1), averages), drawn, initial)
         return state, probed(state, ds, hyper)
 
     def advance(state, hyper, ds, first, steps, evaluations):
@@ -216,56 +229,83 @@ def make_run(model: Model, config: TrainConfig, probe: Probe | None = None) -> R
             return jax.random.permutation(jax.random.fold_in(data_key, epoch), num_train)
 
         def mini_batch(order, step):
-            """The step's examples, and the order of the epoch it is in."""
-            epoch, position = step // steps_per_epoch, step % steps_per_epoch
-            order = jax.lax.cond(position == 0, lambda: order_of(epoch), lambda: order)
+            position = step % steps_per_epoch
             chosen = jax.lax.dynamic_slice(order, (position * config.batch_size,), (config.batch_size,))
-            return jnp.asarray(ds.train_x)[chosen], jnp.asarray(ds.train_y)[chosen], order
+            return jnp.asarray(ds.train_x)[chosen], jnp.asarray(ds.train_y)[chosen]
 
         def loss_fn(params, batch_stats, x, y):
             logits, batch_stats = model.apply(params, batch_stats, x, train=True)
             loss, accuracy = _loss_and_accuracy(logits, y)
             return loss, (accuracy, batch_stats)
 
-        def one_step(carry, step):
-            state, order = carry
-            x, y, order = mini_batch(order, step)
+        def one_step(cell, x, y):
+            """(the cell after an optimizer step, whatever comes of it; whether its loss was finite)."""
             (loss, (accuracy, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params, state.batch_stats, x, y
+                cell.params, cell.batch_stats, x, y
             )
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.update(grads, cell.opt_state, cell.params)
+            params = optax.apply_updates(cell.params, updates)
+            finite = jnp.isfinite(loss)
+            averages = _add(cell.averages, loss, accuracy, finite)
+            return Cell(params, batch_stats, opt_state, cell.diverged_step, averages), finite
 
-            alive = state.diverged_step < 0
-            averages = _add(state.averages, loss, accuracy, alive & jnp.isfinite(loss))
-            finite = jnp.isfinite(loss) & _all_finite((params, batch_stats))
-            diverged_step = jnp.where(alive & ~finite, step, state.diverged_step)
+        def block(carry, end):
+            """Some steps of an epoch, and then a look: where a cell has diverged, back and on one by one."""
+            step, careful_until, old, before_step, before, epoch, order = carry
+            # The first step after an evaluation and the last before one by themselves, so that `before` is known.
+            single = (step < careful_until) | (step == before_step) | (step == end - 1)
+            most = jnp.minimum(end - 1 - step, steps_per_epoch - step % steps_per_epoch)
+            stop = step + jnp.where(single, 1, jnp.clip(step, 1, jnp.minimum(BLOCK, most)))
+            here = step // steps_per_epoch
+            order = jax.lax.cond(here == epoch, lambda: order, lambda: order_of(here))
+
+            def body(step, carry):
+                cell, finite = carry
+                cell, loss_finite = one_step(cell, *mini_batch(order, step))
+                return cell, finite & loss_finite
+
+            new, loss_finite = jax.lax.fori_loop(step, stop, body, (old, jnp.bool_(True)))
+            alive = old.diverged_step < 0
+            diverged = alive & ~(loss_finite & _all_finite((new.params, new.batch_stats)))
+            back = _anywhere(diverged) & (stop > step + 1)
+
             # A loss that is not finite condemns the state that it was computed in: back to the one before.
-            here = (state.params, state.batch_stats)
-            good = _select(alive & ~jnp.isfinite(loss), state.good, here)
-            new = _select(diverged_step < 0, (params, batch_stats, opt_state), (*good, state.opt_state))
-            return (RunState(*new, good, state.initial, diverged_step, averages), order), None
+            good = _select(loss_finite, old, before)
+            dead = good._replace(diverged_step=step, averages=new.averages)
+            now = _select(alive, _select(diverged, dead, new), old)
+            again = _select(alive, before, old)
+            there = (before_step, stop, again, before_step, before)
+            return *_select(back, there, (stop, careful_until, now, step, old)), here, order
 
-        def to_evaluation(carry, steps):
-            """The steps up to the next evaluation, and the evaluation."""
-            (state, order), _ = jax.lax.scan(one_step, carry, steps)
-            loss, accuracy, _ = state.averages
-            test = _evaluate(model, state.params, state.batch_stats, ds.test_x, ds.test_y)
+        def to_evaluation(state, begin, end):
+            """The steps from one evaluation to the next."""
+            before = state.cell._replace(params=state.good[0], batch_stats=state.good[1])
+            epoch = begin // steps_per_epoch
+            carry = (begin, begin, state.cell, begin, before, epoch, order_of(epoch))
+            _, _, cell, _, before, *_ = jax.lax.while_loop(
+                lambda carry: (carry[0] < end) & _anywhere(carry[2].diverged_step < 0),
+                lambda carry: block(carry, end),
+                carry,
+            )
+            return RunState(cell, (before.params, before.batch_stats), state.initial)
+
+        def evaluated(state, begin):
+            state = to_evaluation(state, begin, begin + steps // evaluations)
+            cell = state.cell
+            loss, accuracy, _ = cell.averages
+            test = _evaluate(model, cell.params, cell.batch_stats, ds.test_x, ds.test_y)
             recorded = Recorded((loss, accuracy, *test), probed(state, ds, hyper))
-            return (state._replace(averages=(loss, accuracy, jnp.int32(0))), order), recorded
+            return state._replace(cell=cell._replace(averages=(loss, accuracy, jnp.int32(0)))), recorded
 
-        numbers = first + jnp.arange(steps, dtype=jnp.int32)
-        carry = (state, order_of(first // steps_per_epoch))
+        first = jnp.int32(first)
         if evaluations:
-            carry, recorded = jax.lax.scan(to_evaluation, carry, numbers.reshape(evaluations, -1))
-        else:
-            carry, recorded = jax.lax.scan(one_step, carry, numbers)[0], None
-        return carry[0], recorded
+            return jax.lax.scan(evaluated, state, first + steps // evaluations * jnp.arange(evaluations))
+        return to_evaluation(state, first, first + steps), None
 
     def finish(state, recorded):
         curves = recorded.curves
-        overflowed = (state.diverged_step < 0) & ~jnp.isfinite(curves[2][-1])
-        diverged_step = jnp.where(overflowed, config.steps, state.diverged_step)
+        overflowed = (state.cell.diverged_step < 0) & ~jnp.isfinite(curves[2][-1])
+        diverged_step = jnp.where(overflowed, config.steps, state.cell.diverged_step)
         curves = [jnp.where(jnp.isfinite(curve), curve, LARGEST) for curve in curves]
         return History(*curves, diverged=diverged_step >= 0, diverged_step=diverged_step)
 
@@ -289,6 +329,18 @@ def _add(averages, loss, accuracy, counts):
         return jnp.where(counts, weight * value + (1 - weight) * mean, mean)
 
     return add(mean_loss, loss), add(mean_accuracy, accuracy), n_new
+
+
+@jax.custom_batching.custom_vmap
+def _anywhere(flag):
+    """Whether it holds in any of the cells that are mapped over, so that what depends on it stays a branch there."""
+    return flag
+
+
+@_anywhere.def_vmap
+def _(size, batched, flags):
+    del size, batched
+    return _anywhere(flags.any()), False
 
 
 def _select(condition, if_true, if_false):

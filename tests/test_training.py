@@ -245,6 +245,87 @@ class TestDivergence:
         assert not run(blobs, bnjax.Hyperparams(init_scale=1e4)).diverged
 
 
+def doomed(of):
+    """A network that counts its steps, and goes wrong in step number `init_scale`, by its loss or by its gradient."""
+
+    @jax.custom_vjp
+    def counted(n, limit):
+        return jnp.where((of == "loss") & (n >= limit), jnp.nan, n)
+
+    def forward(n, limit):
+        return counted(n, limit), (n, limit)
+
+    def backward(kept, g):
+        n, limit = kept
+        g = jnp.where(jnp.isfinite(g), -1.0, jnp.nan)
+        return jnp.where((of == "gradient") & (n >= limit), jnp.inf, g), jnp.zeros(())
+
+    counted.defvjp(forward, backward)
+
+    def init(key, shape, scale):
+        return {"n": jnp.zeros(()), "limit": jnp.float32(scale)}, {}
+
+    def apply(params, stats, x, *, train):
+        n = counted(params["n"], params["limit"]) if train else params["n"]
+        return jnp.stack([jnp.zeros(len(x)), jnp.full(len(x), n)], 1) / 8, stats
+
+    return bnjax.Model(init, apply)
+
+
+def expected_of_the_doomed(of, limit, config):
+    """Step by step: (training and test loss at each evaluation, the step in which it diverged)."""
+    loss = np.log1p(np.exp(np.arange(config.steps + 2) / 8))  # of label 0
+    n, diverged, since, curves = 0, -1, [], []
+    for step in range(config.steps):
+        if diverged < 0:
+            if n < limit:
+                since.append(loss[n])
+                n += 1
+            else:
+                diverged = step
+                if of == "loss":
+                    n = max(n - 1, 0)
+                else:
+                    since.append(loss[n])
+        if step + 1 in config.eval_steps:
+            before = curves[-1][0] if curves else training.LARGEST
+            curves.append((np.mean(since) if since else before, loss[n]))
+            since = []
+    return np.array(curves).T, diverged
+
+
+@pytest.mark.parametrize("of", ["loss", "gradient"])
+@pytest.mark.parametrize(
+    ("examples", "eval_every", "segment"),
+    [(500, None, None), (500, 37, None), (500, 1, 9), (13, 40, None), (500, None, 33), (7, 8, 20)],
+)
+def test_any_step_may_be_the_last(of, examples, eval_every, segment):
+    # All at once, so that each goes wrong beside others that go on, are gone, or go a step later.
+    config = bnjax.TrainConfig(steps=100, batch_size=1, eval_every=eval_every)
+    limits = np.arange(102)
+    x, y = np.zeros((examples, 1), np.float32), np.zeros(examples, np.int32)
+    ds = bnjax.Dataset(x, y, x[:2], y[:2])
+    hyper = bnjax.Hyperparams(init_scale=limits.astype(np.float32), learning_rate=1.0, momentum=0.0)
+    axes = (bnjax.Hyperparams(None, 0, None, None, None), None)
+    run = training.make_run(doomed(of), config)
+
+    def train(hyper, ds):
+        state, _ = run.start(hyper, ds)
+        parts = []
+        for first, steps, evaluations in training.pieces(config, segment):
+            state, recorded = run.advance(state, hyper, ds, first, steps, evaluations)
+            parts += [recorded] * bool(evaluations)
+        return run.finish(state, jax.tree.map(lambda *v: jnp.concatenate(v), *parts))
+
+    history = jax.jit(jax.vmap(train, axes))(hyper, ds)
+    for i, limit in enumerate(limits):
+        (train_loss, test_loss), diverged = expected_of_the_doomed(of, limit, config)
+        assert history.diverged_step[i] == diverged
+        assert history.diverged[i] == (diverged >= 0)
+        np.testing.assert_allclose(history.train_loss[i], train_loss, rtol=1e-5)  # float32 means of 100
+        np.testing.assert_allclose(history.test_loss[i], test_loss, rtol=1e-6)
+
+
 def test_frozen_kernels_stay_even_under_weight_decay(blobs):
     """Weights frozen, momentum and decay on: the network at step 40 still has its first kernels."""
     model = bnjax.mlp((16,), 4, freeze_hidden=True)
