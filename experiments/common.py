@@ -18,13 +18,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import platformdirs
 import rich.progress
 import xarray as xr
 from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from bnjax.sweeps import store
+from bnjax.sweeps import record, store
 
 RESULTS = "results.zarr"
 MOST_VALUES = 1_000_000  # on one axis
@@ -77,11 +78,20 @@ def join_others() -> None:
 
 
 def prepare_process() -> None:
-    """One XLA device per core on CPU, unless set otherwise; no chatter. To be called before JAX's first array."""
+    """What is to be set before JAX's first array, unless it is set otherwise.
+
+    One XLA device per core on CPU; compiled programs are kept in the user's cache folder, apart for each kind of
+    processor (they hold its instructions) and each jaxlib; no chatter.
+    """
     logging.set_verbosity(logging.WARNING)
     if jax.config.jax_num_cpu_devices == -1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jax.config.update("jax_num_cpu_devices", cores)
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = f"{record.machine()}-{record.versions()['jaxlib']}"
+        jax.config.update(
+            "jax_compilation_cache_dir", str(platformdirs.user_cache_path("bnjax") / "compiled" / folder)
+        )
 
 
 def parse_floats(flag: str, text: str) -> list[float]:

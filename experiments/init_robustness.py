@@ -19,7 +19,8 @@ from rich.table import Table
 import bnjax
 from bnjax import activations, choices, plots, training
 from bnjax.models import mlp
-from bnjax.sweeps import grid, robustness, run
+from bnjax.sweeps import grid, measure, robustness, run
+from bnjax.sweeps.plan import in_words
 from experiments import common
 
 FLAGS = flags.FLAGS
@@ -65,9 +66,14 @@ flags.DEFINE_list(
 )
 flags.DEFINE_float("checkpoint_minutes", 5.0, "Most minutes of work that may be lost.", lower_bound=0.0)
 flags.DEFINE_bool("status", False, "Only say what of the results is done.")
-flags.DEFINE_integer("width", None, "Cells vmapped together on one device. Default: chosen.", lower_bound=1)
+flags.DEFINE_string(
+    "plan", "auto", f"How width and segment are chosen, of {', '.join(measure.HOW)}: see bnjax.sweep."
+)
 flags.DEFINE_integer(
-    "segment", None, "Most steps in one call of the program. Default: chosen.", lower_bound=1
+    "width", None, "Cells vmapped together on one device. Default: as planned.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "segment", None, "Most steps in one call of the program. Default: as planned.", lower_bound=1
 )
 common.define_distributed()
 flags.DEFINE_integer("devices", None, "Local devices to use. Default: all.", lower_bound=1)
@@ -110,11 +116,12 @@ def main(argv: list[str]) -> None:
                 allow_changed=FLAGS.allow_changed,
                 checkpoint_minutes=FLAGS.checkpoint_minutes,
                 about={"data": job.data_args, "command": common.command(SCRIPT)},
+                plan=FLAGS.plan,
                 width=FLAGS.width,
                 segment=FLAGS.segment,
                 devices=job.devices,
             )
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         raise common.fail(str(error)) from None
     if "done" in results:
         raise common.fail(f"another process ended early; the same command trains the rest of {path}")
@@ -148,6 +155,7 @@ def prepare(argv: list[str], folder: Path) -> Job:
             "input, and nothing can be learned. Use at least 2, or --norms=none"
         )
     choices.check("dataset", FLAGS.dataset, bnjax.data.NAMES)
+    choices.check("plan", FLAGS.plan, measure.HOW)
     data_args = {
         "name": FLAGS.dataset,
         "train_examples": FLAGS.train_examples,
@@ -222,6 +230,8 @@ def report(results: xr.Dataset, path: Path) -> None:
     more = 4 * accuracy.sizes["seed"]
     print(f"figure:   {picture}")
     print(f"results:  {path}   (bnjax.load_results opens it)")
+    for plan in dict.fromkeys(map(in_words, results.attrs["plan"].values())):
+        print(f"plan:     {plan}")
     print(
         f"continue: {common.command(SCRIPT, seeds=more, out=path.parent.with_name(f'{path.parent.name}-{more}-seeds'))}"
     )

@@ -1,11 +1,23 @@
 """Shared by all tests: run-time checks of the annotated shapes, two CPU devices, small data."""
 
+import os
+import tempfile
+
 import jax
 import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 2)
+
+
+def pytest_configure(config):
+    """A cache folder of its own for each run of the tests, which its workers and the processes they start share."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory()
+        config.add_cleanup(folder.cleanup)
+        os.environ["XDG_CACHE_HOME"] = folder.name
+
 
 with install_import_hook("bnjax", "beartype.beartype"):
     import bnjax

@@ -249,7 +249,7 @@ def test_without_the_extra_only_load_fails():
     code = """
 import sys
 from bnjax import data
-lazy = {"tensorflow_datasets", "array_record", "platformdirs", "tensorflow"}
+lazy = {"tensorflow_datasets", "array_record", "tensorflow"}
 assert not lazy & set(sys.modules), lazy & set(sys.modules)
 sys.modules.update({name: None for name in lazy})
 for attempt in (data.load, data.default_data_dir):

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import platformdirs
 
 from bnjax import choices
 from bnjax.data import standardization
@@ -87,16 +88,8 @@ def load(
 
 
 def default_data_dir() -> Path:
-    """The platform's cache folder for this library.
-
-    Raises:
-        ImportError: the packages of the extra `bnjax[data]` are not installed.
-    """
-    try:
-        import platformdirs
-    except ImportError as error:
-        raise _extra_missing(error) from error
-    return Path(platformdirs.user_cache_dir("bnjax"))
+    """The platform's cache folder for this library."""
+    return platformdirs.user_cache_path("bnjax")
 
 
 def _import_builders() -> ModuleType:

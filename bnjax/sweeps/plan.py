@@ -1,7 +1,8 @@
 """How a sweep is run on the devices at hand: the one place where that is decided.
 
-A cell's result may differ in its last bits between widths, and between segments of a run, so that both depend on the
-network, the configuration and the kind of device only: never on how many cells there are.
+A cell's result may differ in its last bits between widths, and between segments of a run, so that both are stored with
+the results. By size, which is `make_plan`, they depend on the network, the configuration and the kind of device only;
+`bnjax.sweeps.measure` finds better ones by measuring.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bnjax.training import TrainConfig
-from bnjax.types import Dataset, Model
+from bnjax.types import Dataset, Model, PyTree
 
 # On a CPU a group of cells is fastest while its parameters, gradients and optimizer state stay in cache.
 CPU_CACHE_BYTES = 8 * 2**20
@@ -31,6 +32,8 @@ class Plan(NamedTuple):
     width: int  # cells vmapped together on one device
     devices: tuple[jax.Device, ...]  # each runs `width` cells at a time
     segment: int  # most steps in one call of the compiled program
+    measured: Mapping[int, float] | None = None  # {width: cell-steps per second}, where they were measured
+    narrowed: str | None = None  # why the width is less than it was meant to be
 
     @property
     def group(self) -> int:
@@ -44,11 +47,21 @@ class Plan(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {
-            "width": self.width,
-            "devices": len(self.devices),
-            "segment": self.segment,
-        }
+        found = self._asdict() | {"devices": len(self.devices)}
+        if self.measured is not None:
+            found["measured"] = {str(width): speed for width, speed in self.measured.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def in_words(plan: Mapping[str, Any]) -> str:
+    """What `Plan.as_dict` holds, in one line."""
+    devices = plan["devices"]
+    speeds = ", ".join(f"{width}: {speed:,.0f}" for width, speed in plan.get("measured", {}).items())
+    return (
+        f"width {plan['width']} on {devices} device{'s' * (devices > 1)}, at most {plan['segment']} steps at once"
+        + (f"; measured cell-steps per second by width: {speeds}" if speeds else "")
+        + (f"; {plan['narrowed']}" if "narrowed" in plan else "")
+    )
 
 
 def make_plan(
@@ -79,15 +92,25 @@ def make_plan(
     for name, value in {"width": width, "segment": segment}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    params, _ = jax.eval_shape(lambda: model.init(jax.random.key(0), ds.train_x.shape[1:], 1.0))
-    size = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
-    state = 3 * sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params))
-    cpu = devices[0].platform == "cpu"
-    memory, most = (CPU_CACHE_BYTES, CPU_MAX_WIDTH) if cpu else (ACCELERATOR_BYTES, ACCELERATOR_MAX_WIDTH)
     if stored is not None:
-        return Plan(width or stored["width"], devices, min(segment or stored["segment"], config.steps))
+        found = Plan(width or stored["width"], devices, min(segment or stored["segment"], config.steps))
+        return found._replace(measured=stored.get("measured"), narrowed=stored.get("narrowed"))
     if width is None:
+        state = 3 * sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(parameters(model, ds)))
+        cpu = devices[0].platform == "cpu"
+        memory, most = (CPU_CACHE_BYTES, CPU_MAX_WIDTH) if cpu else (ACCELERATOR_BYTES, ACCELERATOR_MAX_WIDTH)
         width = 2 ** int(math.log2(min(most, max(1, memory // max(state, 1)))))
-    flops = 6 * max(size, 1) * config.batch_size * width
-    segment = segment or max(1, int(SEGMENT_SECONDS * (CPU_FLOPS if cpu else ACCELERATOR_FLOPS) / flops))
-    return Plan(width, devices, min(segment, config.steps))
+    steps = SEGMENT_SECONDS / (width * cell_step_seconds(model, ds, config, devices[0]))
+    return Plan(width, devices, min(segment or max(1, int(steps)), config.steps))
+
+
+def parameters(model: Model, ds: Dataset) -> PyTree:
+    """Shapes and types of the network's parameters."""
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), ds.train_x.shape[1:], 1.0))[0]
+
+
+def cell_step_seconds(model: Model, ds: Dataset, config: TrainConfig, device: jax.Device) -> float:
+    """A cautious guess of how long a step of one cell takes on the device."""
+    size = sum(math.prod(p.shape) for p in jax.tree.leaves(parameters(model, ds)))
+    flops = 6 * max(size, 1) * config.batch_size
+    return flops / (CPU_FLOPS if device.platform == "cpu" else ACCELERATOR_FLOPS)

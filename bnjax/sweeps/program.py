@@ -33,7 +33,7 @@ class Halfway(NamedTuple):
 
 
 class Programs(NamedTuple):
-    """What `compiled` returns. `run` is all that a sweep calls."""
+    """What `compiled` returns, for `run_group`."""
 
     train: Callable[[Hyperparams, Dataset], Outcome]
     start: Callable[[Hyperparams, Dataset], tuple[RunState, dict[str, jax.Array]]]
@@ -41,6 +41,7 @@ class Programs(NamedTuple):
     finish: Callable[[RunState, Recorded], History]
     state: Callable[[], RunState]  # of one cell, its shapes
     replicated: NamedSharding  # where the data belongs
+    split: NamedSharding  # where the cells belong
 
 
 @functools.lru_cache(maxsize=16)
@@ -58,7 +59,7 @@ def compiled(
     train = make_train(model, config, probe or Probe(lambda _: {}))
     run: Run = make_run(model, config, probe)
 
-    def spread(function, *specs, **options):
+    def spread(function, *specs):
         """The function of one cell, for [cells]: those of each device vmapped there. Specs: split, or same for all."""
 
         def group(*args):
@@ -104,6 +105,7 @@ def compiled(
         compile_(spread(run.finish, split, split)),
         functools.partial(_state, run),
         NamedSharding(mesh, same),
+        NamedSharding(mesh, split),
     )
 
 
@@ -114,6 +116,29 @@ def _state(run: Run, ds: Dataset) -> RunState:
 def programs_of(model: Model, config: TrainConfig, plan: Plan, probe: Probe | None) -> Programs:
     """The programs for this plan."""
     return compiled(model.init, model.apply, config, plan.devices, probe)
+
+
+def memory_needed(programs: Programs, ds: Dataset, config: TrainConfig, plan: Plan) -> int:
+    """Bytes on all devices together that the largest program of the plan takes, by the compiler's count.
+
+    Compiles the program, which is kept for `run_group`.
+    """
+    cells = Hyperparams(
+        *(np.zeros(plan.group, np.uint32 if name == "seed" else np.float32) for name in Hyperparams._fields)
+    )
+    todo = pieces(config, plan.segment)
+    if todo == pieces(config):
+        lowered = programs.train.lower(cells, ds)
+    else:
+        state = jax.eval_shape(programs.start, cells, ds)[0]
+        state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=programs.split), state)
+        _, steps, evaluations = max(todo, key=lambda piece: piece[1:])
+        lowered = programs.advance.lower(state, cells, ds, np.int32(0), steps, evaluations)
+    found = lowered.compile().memory_analysis()
+    if found is None:
+        return 0
+    sizes = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
+    return len(plan.devices) * (sum(sizes) - found.alias_size_in_bytes)
 
 
 def run_group(

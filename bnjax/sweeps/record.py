@@ -93,12 +93,32 @@ def code() -> str:
 @functools.cache
 def isa() -> str:
     """The machine's architecture, and of the vector instructions known here the widest that it has."""
+    words = _processor().get("flags", _processor().get("features", "")).split()
+    return " ".join([platform.machine(), *[name for name in ISA if name in words][:1]])
+
+
+@functools.cache
+def machine() -> str:
+    """A digest of all that is known of the processor but its speed: where programs compiled here may run."""
+    found = _processor()
+    known = [platform.machine(), platform.system(), platform.processor()]
+    known += [found.get(name, "") for name in ("model name", "stepping", "flags", "features")]
+    return hashlib.blake2b("\n".join(known).encode(), digest_size=8).hexdigest()
+
+
+def processor() -> str:
+    """The processor's name, if it says."""
+    return _processor().get("model name", "processor")
+
+
+def _processor() -> dict[str, str]:
+    """What the system says of the first core; nothing where it does not."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
-        words = next(line for line in text.splitlines() if line.lower().startswith(("flags", "features")))
-    except (OSError, StopIteration):
-        return platform.machine()
-    return " ".join([platform.machine(), *[name for name in ISA if name in words.split()][:1]])
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in first.splitlines())
+    return {name.strip().lower(): value.strip() for name, _, value in lines}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

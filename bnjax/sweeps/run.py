@@ -20,7 +20,7 @@ import xarray as xr
 from jax.experimental import multihost_utils
 
 from bnjax import choices
-from bnjax.sweeps import grid, program, store
+from bnjax.sweeps import grid, measure, program, store
 from bnjax.sweeps.plan import Plan, make_plan
 from bnjax.sweeps.progress import Progress
 from bnjax.sweeps.record import circumstances, describe, differences, fingerprint
@@ -51,6 +51,7 @@ def sweep(
     allow_changed: Sequence[str] = (),
     checkpoint_minutes: float | int = 5.0,
     about: Mapping[str, Any] | None = None,
+    plan: str = "auto",
     width: int | None = None,
     segment: int | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -82,8 +83,10 @@ def sweep(
         compiled program takes.
       about: further attributes to keep with the results, such as the command that made them; what is under "data"
         there joins the data's fingerprint, and must agree when results are continued.
-      width: cells vmapped together on one device; default: that of the results at `path`, or chosen for network and
-        device.
+      plan: how the width and the segment are chosen, where there are no results at `path` that have theirs: "size": by
+        the size of the network; "measure": by a measurement of some 20 seconds, which is kept in the user's cache
+        folder; "auto": as was measured before, or measured now if the sweep is a long one, or else by size.
+      width: cells vmapped together on one device; default: as planned.
       segment: most steps in one call of the compiled program; default: likewise.
       devices: default: all local devices.
       progress: show cells done, cells diverged and the time left.
@@ -102,6 +105,8 @@ def sweep(
       Damaged: (a ValueError) if what stands there is damaged beyond repair.
       Busy: if another run is writing there.
       OSError: if the results cannot be written. What was committed stays.
+      MemoryError: if the program does not fit into the devices' memory at the width that was asked for, at that of the
+        results that are continued, or at any.
     """
     models = dict(model) if isinstance(model, Mapping) else {"": model}
     if not models:
@@ -109,17 +114,23 @@ def sweep(
     coords = grid.check(axes, hyper)
     for change in allow_changed:
         choices.check("allowed change", change, CHANGES)
+    choices.check("plan", plan, measure.HOW)
     for one in models.values():
         check(one, ds, config)
     probes = _probes(probe, models, ds, coords)
     stored = None if path is None else store.read_layout(store.recovered(path))
 
-    def planned(stored):
+    cells = grid.cells(coords, hyper)
+
+    def planned(stored, how):
         given = {"width": width, "segment": segment, "devices": devices}
         known = {} if stored is None else stored.attributes["plan"]
-        return {name: make_plan(m, ds, config, **given, stored=known.get(name)) for name, m in models.items()}
+        plans = {n: make_plan(m, ds, config, **given, stored=known.get(n)) for n, m in models.items()}
+        if known or width is not None or segment is not None:
+            return plans
+        return {n: measure.chosen(models[n], ds, config, p, len(cells.seed), how) for n, p in plans.items()}
 
-    plans = planned(stored)
+    plans = planned(stored, plan if jax.process_index() == 0 else "size")
     variables, further = _variables(models, ds, config, probes)
     shape = tuple(len(values) for values in coords.values())
     about = dict(about or {})
@@ -134,9 +145,8 @@ def sweep(
         store.tile_of(shape, max(plan.chunk for plan in plans.values())),
         attributes,
     )
-    cells = grid.cells(coords, hyper)
     with _shared(path, layout, stored, cells, allow_changed) as results:
-        plans = planned(results.layout)
+        plans = planned(results.layout, "size")  # of the first process, in all of them
         todo = results.remaining()[jax.process_index() :: jax.process_count()]
         left = sum(len(chunk.cells) for chunk in todo)
         every = len(models) * len(cells.seed)
@@ -148,6 +158,9 @@ def sweep(
                 programs = program.programs_of(models[name], config, plans[name], probes[name])
                 if name not in on_devices:
                     on_devices = {name: jax.device_put(ds, programs.replicated)}
+                    plans[name] = _fitting(
+                        results, name, programs, on_devices[name], config, plans[name], width
+                    )
                 train_chunk(
                     results,
                     chunk,
@@ -161,6 +174,20 @@ def sweep(
                 )
         _wait_for_others(results)
         return store.load(results.files.store)
+
+
+def _fitting(results, name, programs, ds, config, plan, width) -> Plan:
+    """The plan if it fits into memory, or a narrower one, which is recorded; as long as no cell is trained."""
+    model = results.layout.models.index(name)
+    begun = results.files.list(store.LEDGER) + results.files.list(store.CHECKPOINT)
+    begun = any(key.startswith(f"{model}.") for key in begun)
+    may_change = width is None and not begun and jax.process_count() == 1
+    found = measure.check_memory(programs, ds, config, plan, may_change=may_change)
+    if found != plan:
+        attributes = results.layout.attributes
+        plans = attributes["plan"] | {name: found.as_dict()}
+        results.describe(attributes | {"plan": plans})
+    return found
 
 
 def train_chunk(

@@ -268,12 +268,18 @@ class Files:
 
 
 class Store:
-    """Results in the making. Made by `create` or `resume`."""
+    """Results in the making. Made by `create` or `open_store`."""
 
     def __init__(self, files: Files, layout: Layout, mode: str = "a"):
         self.files, self.layout = files, layout
         self.group = zarr.open_group(files.store, mode=mode)
         self.committed: set[str] = set()
+
+    def describe(self, attributes: Mapping[str, Any]) -> None:
+        """Replaces the attributes."""
+        self.layout = self.layout._replace(attributes=attributes)
+        for key, value in frame(self.layout).items():
+            self.files.put(key, value)
 
     def commit(self, chunk: Chunk, values: Mapping[str, np.ndarray]) -> None:
         """Writes the values [cells, ...] of a chunk, and then that they are there."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import xarray as xr
 
+from bnjax.sweeps import record
 from experiments.workloads import processes, workloads
 
 STAGES = ("import", "first sweep", "second sweep")
@@ -160,17 +161,9 @@ def growth(
 
 def machine() -> str:
     """The kind of processor, how many cores of it, and the memory."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            lines = dict(line.split(":", 1) for line in file if ":" in line)
-        lines = {key.strip(): value.strip() for key, value in lines.items()}
-        name, flags = lines.get("model name", "processor"), lines.get("flags", "").split()
-    except OSError:
-        name, flags = "processor", []
-    vector = next((set_ for set_ in ("avx512f", "avx2", "avx") if set_ in flags), "")
     count = len(processes.cores())
     try:
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
     except (ValueError, OSError, AttributeError):
         memory = ""
-    return f"{name}{f' ({vector})' if vector else ''}, {count} core{'s' if count > 1 else ''}{memory}"
+    return f"{record.processor()} ({record.isa()}), {count} core{'s' if count > 1 else ''}{memory}"

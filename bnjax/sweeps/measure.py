@@ -1,0 +1,213 @@
+"""The width measured, and memory counted: what a plan by size cannot know.
+
+A few steps of the real training program, on all devices at once, at the width chosen by size and at its halves or
+doubles for as long as they are faster. Programs that are compared run by turns, so that they share whatever the machine
+is doing; what decides is the median of the ratios. The plan found is kept in the user's cache folder, for this kind of
+machine, these versions and this configuration, and is what later sweeps of the same kind use.
+
+A wider program must be faster by a twentieth to be preferred: a narrower one takes less memory, and noise should
+not decide.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import platformdirs
+
+from bnjax.sweeps import program, record
+from bnjax.sweeps.plan import SEGMENT_SECONDS, Plan, cell_step_seconds, parameters
+from bnjax.training import TrainConfig, make_run
+from bnjax.types import Dataset, Hyperparams, Model
+
+HOW = ("auto", "measure", "size")  # ways to a plan
+LONG_SECONDS = 300.0  # a sweep that takes longer than that, by a guess, is measured
+SECONDS = 20.0  # after so many no further width is tried
+RUN_SECONDS = 0.05  # about, of one measurement
+ROUNDS = 5
+BETTER = 1.05
+WIDEST = 4096
+
+
+def chosen(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, cells: int, how: str) -> Plan:
+    """The plan by size, or a measured one.
+
+    Args:
+      model: the network.
+      ds: the data.
+      config: what is the same for all cells.
+      plan: by size.
+      cells: how many there are to train.
+      how: "size": the plan by size; "measure": measured now; "auto": as was measured before, or measured now if the
+        sweep will take more than about `LONG_SECONDS`, or else by size.
+    """
+    if how == "size":
+        return plan
+    found = kept(model, ds, config, plan) if how == "auto" else None
+    if found is not None:
+        return found
+    guess = cells * config.steps * cell_step_seconds(model, ds, config, plan.devices[0]) / len(plan.devices)
+    return measured(model, ds, config, plan) if how == "measure" or guess > LONG_SECONDS else plan
+
+
+def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seconds: float = SECONDS) -> Plan:
+    """The plan with the fastest width that was found, and a segment by its speed. It is kept; see `kept`.
+
+    Args:
+      model: the network.
+      ds: the data.
+      config: what is the same for all cells.
+      plan: by size: where the search begins, and the devices.
+      seconds: after so many no further width is tried; at least two are.
+
+    Returns:
+      A plan whose `measured` has the cell-steps per second at each width that was tried; or the one given, if the
+      network is not finite from the start, so that there is nothing to measure.
+    """
+    stop = time.monotonic() + seconds
+    replicated = program.programs_of(model, config, plan, None).replicated
+    on_devices = jax.device_put(ds, replicated)
+    start = jax.jit(make_run(model, config).start)
+    one = jax.tree.map(np.asarray, start(Hyperparams(learning_rate=0.0), on_devices)[0])
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one.cell.params)):
+        return plan
+    runs: dict[int, Callable[[], float]] = {}
+
+    def ratio(width, best):
+        """How many times as fast as the best, round by round; None: it cannot be run."""
+        try:
+            runs[width] = _steps_at(model, on_devices, config, plan._replace(width=width), one)
+        except jax.errors.JaxRuntimeError:  # out of memory
+            return None
+        pairs = [(runs[best](), runs[width]()) for _ in range(ROUNDS)]
+        return float(np.median([other / known for known, other in pairs]))
+
+    runs[plan.width] = _steps_at(model, on_devices, config, plan, one)
+    relative = {plan.width: 1.0}
+    best = plan.width
+    for factor in (2, 1 / 2):
+        while best * factor >= 1 and best * factor <= WIDEST:
+            width = int(best * factor)
+            if width in relative or (len(relative) > 1 and time.monotonic() > stop):
+                break
+            found = ratio(width, best)
+            if found is None:
+                break
+            relative[width] = found * relative[best]
+            if found < (BETTER if width > best else 1):
+                break
+            best = width
+        if best != plan.width:
+            break
+    speed = float(np.median([runs[best]() for _ in range(ROUNDS)]))
+    speeds = {width: round(speed * relative[width] / relative[best], 1) for width in sorted(relative)}
+    per_step = best * len(plan.devices) / speed
+    segment = 2 ** max(0, int(np.log2(SEGMENT_SECONDS / per_step)))
+    plan = Plan(best, plan.devices, min(segment, config.steps), speeds)
+    _keep(_place(model, ds, config, plan.devices), plan, segment)
+    return plan
+
+
+def _steps_at(model, ds, config, plan, one) -> Callable[[], float]:
+    """What takes some steps at the plan's width and returns the cell-steps per second; compiled."""
+    programs = program.programs_of(model, config, plan, None)
+    guess = cell_step_seconds(model, ds, config, plan.devices[0])
+    steps = int(np.clip(RUN_SECONDS / (plan.width * guess), 16, 1000))
+    values = (np.uint32(0), *np.float32((1.0, 0.0, 0.9, 0.0)))  # nothing is learned, so that nothing diverges
+    hyper = Hyperparams(*(np.full(plan.group, value) for value in values))
+    state = [jax.tree.map(lambda a: np.broadcast_to(a, (plan.group, *a.shape)), one)]
+
+    def run():
+        start = time.perf_counter()
+        state[0] = jax.block_until_ready(programs.advance(state[0], hyper, ds, np.int32(100), steps, 0)[0])
+        return plan.group * steps / (time.perf_counter() - start)
+
+    run()
+    run()
+    return run
+
+
+def kept(model: Model, ds: Dataset, config: TrainConfig, plan: Plan) -> Plan | None:
+    """The plan that was measured before for this kind of machine, versions and configuration, if any."""
+    try:
+        found = json.loads(_place(model, ds, config, plan.devices).read_text())
+        speeds = {int(width): float(speed) for width, speed in found["measured"].items()}
+        return Plan(int(found["width"]), plan.devices, min(int(found["segment"]), config.steps), speeds)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not what was written
+        return None
+
+
+def _keep(place, plan, segment):
+    """Writes it; a folder that cannot be written to is none."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps({"width": plan.width, "segment": segment, "measured": plan.measured}))
+        partial.replace(place)
+    except OSError:
+        return
+
+
+def _place(model, ds, config, devices) -> Path:
+    """The file of a plan in the cache folder."""
+    what: dict[str, Any] = {
+        "machine": [len(devices), devices[0].device_kind, record.machine(), os.cpu_count()],
+        "versions": record.versions(),
+        "model": dict(model.config),
+        "shapes": str(parameters(model, ds)),
+        "config": [config.batch_size, config.optimizer],
+        "data": [[str(a.shape), str(a.dtype)] for a in ds[:2]],
+    }
+    key = hashlib.blake2b(json.dumps(what, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
+    return platformdirs.user_cache_path("bnjax") / "plans" / f"{key}.json"
+
+
+def check_memory(
+    programs: program.Programs, ds: Dataset, config: TrainConfig, plan: Plan, *, may_change: bool
+) -> Plan:
+    """The plan, or the widest narrower one whose program fits into the devices' memory, by the compiler's own count.
+
+    Compiles the program that the sweep will run.
+
+    Args:
+      programs: of the model.
+      ds: the data, on the devices.
+      config: what is the same for all cells.
+      plan: what is meant to run.
+      may_change: whether a narrower width may be taken.
+
+    Raises:
+      MemoryError: if it does not fit.
+    """
+    available = _memory(plan.devices)
+    while True:
+        needed = program.memory_needed(programs, ds, config, plan)
+        if available is None or needed <= available:
+            return plan
+        if plan.width == 1 or not may_change:
+            raise MemoryError(
+                f"width {plan.width} on {len(plan.devices)} devices needs {needed / 2**30:.2f} GiB of memory, and "
+                f"there are {available / 2**30:.2f}" + (": use a smaller width" if plan.width > 1 else "")
+            )
+        plan = plan._replace(
+            width=plan.width // 2, narrowed=f"width {plan.width} needs {needed / 2**30:.2f} GiB"
+        )
+
+
+def _memory(devices) -> int | None:
+    """Bytes of all the devices together; None: not known."""
+    stats = devices[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return len(devices) * stats["bytes_limit"]
+    try:
+        return (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if devices[0].platform == "cpu" else None
+        )
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,185 @@
+"""Plans that are measured, kept, and narrowed where memory does not suffice."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+import bnjax
+from bnjax.sweeps import measure, plan
+
+MODEL = bnjax.mlp((8,), 4, norm="none")
+CONFIG = bnjax.TrainConfig(steps=6, batch_size=16)
+AXES = {"seed": range(5)}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "bnjax" / "plans"
+
+
+@pytest.fixture
+def by_size(blobs):
+    return plan.make_plan(MODEL, blobs, CONFIG)
+
+
+def landscape(monkeypatch, speeds):
+    """Programs whose speed is known: {width: cell-steps per second}."""
+    tried = []
+
+    def steps_at(model, ds, config, plan, one):
+        if plan.width not in speeds:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+        tried.append(plan.width)
+        return lambda: speeds[plan.width]
+
+    monkeypatch.setattr(measure, "_steps_at", steps_at)
+    return tried
+
+
+class TestMeasured:
+    def test_on_the_real_program_and_kept(self, blobs, by_size, cache):
+        found = measure.measured(MODEL, blobs, CONFIG, by_size, seconds=0.0)
+        assert len(found.measured) == 2  # no time for more
+        assert all(speed > 0 for speed in found.measured.values())
+        assert found.width in found.measured
+        assert measure.kept(MODEL, blobs, CONFIG, by_size) == found
+        assert len(list(cache.iterdir())) == 1
+
+    @pytest.mark.parametrize("start", [1, 4, 16])
+    @pytest.mark.parametrize("best", [1, 2, 8, 32])
+    def test_climbs_to_the_best_width(self, monkeypatch, blobs, by_size, start, best):
+        speeds = {2**k: 100.0 * 0.7 ** abs(k - best.bit_length() + 1) for k in range(8)}
+        tried = landscape(monkeypatch, speeds)
+        found = measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=start))
+        assert found.width == best
+        assert found.measured == {width: round(speeds[width], 1) for width in sorted(tried)}
+
+    def test_noise_does_not_widen(self, monkeypatch, blobs, by_size):
+        landscape(monkeypatch, {width: 100.0 + width for width in (1, 2, 4)})
+        assert measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=2)).width == 2
+
+    def test_a_width_without_memory_is_not_taken(self, monkeypatch, blobs, by_size):
+        landscape(monkeypatch, {4: 1.0, 2: 0.5})
+        assert measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=4)).width == 4
+
+    def test_segments_take_a_minute(self, monkeypatch, blobs, by_size):
+        landscape(monkeypatch, dict.fromkeys((1, 2, 4), 50.0))
+        long = dataclasses.replace(CONFIG, steps=10**6)
+        found = measure.measured(MODEL, blobs, long, by_size._replace(width=2))
+        seconds = found.segment * found.group / 50
+        assert plan.SEGMENT_SECONDS / 2 < seconds <= plan.SEGMENT_SECONDS
+
+    def test_a_network_that_is_broken_from_the_start_is_not_measured(self, blobs, by_size):
+        broken = MODEL._replace(init=lambda *a: jax.tree.map(lambda v: v * float("nan"), MODEL.init(*a)))
+        assert measure.measured(broken, blobs, CONFIG, by_size) == by_size
+
+
+class TestKept:
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", '{"width": 2}', '{"width": "a", "segment": 1, "measured": {}}']
+    )
+    def test_what_cannot_be_read_is_none(self, monkeypatch, blobs, by_size, cache, text):
+        landscape(monkeypatch, {by_size.width: 1.0})
+        measure.measured(MODEL, blobs, CONFIG, by_size)
+        (file,) = cache.iterdir()
+        file.write_text(text)
+        assert measure.kept(MODEL, blobs, CONFIG, by_size) is None
+
+    def test_for_its_own_kind_alone(self, monkeypatch, blobs, by_size):
+        landscape(monkeypatch, {by_size.width: 1.0})
+        measure.measured(MODEL, blobs, CONFIG, by_size)
+        assert measure.kept(MODEL, blobs, dataclasses.replace(CONFIG, steps=9), by_size) is not None
+        assert measure.kept(MODEL, blobs, dataclasses.replace(CONFIG, batch_size=8), by_size) is None
+        assert measure.kept(bnjax.mlp((9,), 4, norm="none"), blobs, CONFIG, by_size) is None
+        assert measure.kept(MODEL, blobs, CONFIG, by_size._replace(devices=by_size.devices[:1])) is None
+
+    def test_a_folder_that_cannot_be_written_is_none(self, monkeypatch, blobs, by_size, cache):
+        landscape(monkeypatch, {by_size.width: 1.0})
+        cache.parent.mkdir(parents=True)
+        cache.write_text("a file where the folder should be")
+        assert measure.measured(MODEL, blobs, CONFIG, by_size).width == by_size.width
+
+
+class TestChosen:
+    def test_ways(self, monkeypatch, blobs, by_size):
+        other = by_size._replace(width=64)
+        monkeypatch.setattr(measure, "measured", lambda *a: other)
+        assert measure.chosen(MODEL, blobs, CONFIG, by_size, 10, "auto") == by_size
+        assert measure.chosen(MODEL, blobs, CONFIG, by_size, 10, "measure") == other
+        assert measure.chosen(MODEL, blobs, CONFIG, by_size, 10**12, "auto") == other
+        assert measure.chosen(MODEL, blobs, CONFIG, by_size, 10**12, "size") == by_size
+        monkeypatch.setattr(measure, "kept", lambda *a: other)
+        assert measure.chosen(MODEL, blobs, CONFIG, by_size, 10, "auto") == other
+
+    def test_a_sweep_says_and_keeps_what_it_used(self, monkeypatch, blobs, tmp_path):
+        landscape(monkeypatch, {1: 1.0, 2: 4.0, 4: 5.0, 8: 3.0, 16: 2.0, 32: 1.0})
+        path = tmp_path / "results.zarr"
+        results = bnjax.sweep(MODEL, blobs, CONFIG, AXES, plan="measure", path=path, progress=False)
+        (stored,) = results.attrs["plan"].values()
+        assert stored["width"] == 4
+        assert stored["measured"] == {"2": 4.0, "4": 5.0, "8": 3.0, "16": 2.0, "32": 1.0}
+        assert "width 4 on 2 devices" in plan.in_words(stored)
+        assert json.dumps(stored)
+        larger = bnjax.sweep(MODEL, blobs, CONFIG, {"seed": range(9)}, plan="size", path=path, progress=False)
+        assert larger.attrs["plan"] == results.attrs["plan"]
+
+    def test_an_unknown_way(self, blobs):
+        with pytest.raises(ValueError, match="unknown plan 'fast'"):
+            bnjax.sweep(MODEL, blobs, CONFIG, AXES, plan="fast")
+
+
+class TestMemory:
+    def sweep(self, blobs, **options):
+        return bnjax.sweep(MODEL, blobs, CONFIG, AXES, progress=False, **options)
+
+    def limit(self, monkeypatch, blobs, width):
+        """Memory for that width, and no wider one."""
+        tight = plan.make_plan(MODEL, blobs, CONFIG, width=width)
+        programs = measure.program.programs_of(MODEL, CONFIG, tight, None)
+        needed = measure.program.memory_needed(programs, blobs, CONFIG, tight)
+        monkeypatch.setattr(measure, "_memory", lambda devices: needed)
+
+    def test_counts_what_the_program_takes(self, blobs, by_size):
+        def needed(config, width):
+            wide = plan.make_plan(MODEL, blobs, config, width=width, segment=3)
+            programs = measure.program.programs_of(MODEL, config, wide, None)
+            return measure.program.memory_needed(programs, blobs, config, wide)
+
+        data = sum(a.nbytes for a in blobs)
+        for steps in (3, 6):  # a program for whole runs, and one for segments
+            config = dataclasses.replace(CONFIG, steps=steps)
+            assert 2 * data < needed(config, 1) < needed(config, 64)
+
+    def test_a_narrower_plan_is_recorded(self, monkeypatch, blobs, tmp_path):
+        expected = self.sweep(blobs, width=4)
+        self.limit(monkeypatch, blobs, 4)
+        results = self.sweep(blobs, path=tmp_path / "results.zarr")
+        (stored,) = results.attrs["plan"].values()
+        assert stored["width"] == 4
+        assert "width 8 needs" in stored["narrowed"]
+        assert results.drop_attrs().equals(expected.drop_attrs())
+        again = bnjax.load_results(tmp_path / "results.zarr")
+        assert again.identical(results)
+
+    def test_never_in_the_place_of_what_was_asked_for(self, monkeypatch, blobs):
+        self.limit(monkeypatch, blobs, 4)
+        with pytest.raises(MemoryError, match=r"width 8 on 2 devices needs .* GiB of memory, and there are"):
+            self.sweep(blobs, width=8)
+
+    def test_never_half_way(self, monkeypatch, blobs, tmp_path):
+        path = tmp_path / "results.zarr"
+        results = self.sweep(blobs, path=path, width=8)
+        self.limit(monkeypatch, blobs, 4)
+        with pytest.raises(MemoryError, match="width 8"):
+            bnjax.sweep(MODEL, blobs, CONFIG, {"seed": range(50)}, path=path, progress=False)
+        monkeypatch.undo()
+        larger = bnjax.sweep(MODEL, blobs, CONFIG, {"seed": range(50)}, path=path, progress=False)
+        assert larger.sel(seed=results.seed).equals(results)
+
+    def test_one_network_is_too_large(self, monkeypatch, blobs):
+        monkeypatch.setattr(measure, "_memory", lambda devices: 1000)
+        with pytest.raises(MemoryError, match="width 1 on 2 devices needs"):
+            self.sweep(blobs)
