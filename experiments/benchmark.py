@@ -76,6 +76,7 @@ flags.DEFINE_float("milliseconds", 20.0, "Least length of one measurement of a l
 flags.DEFINE_float("seconds", 1.0, "About the least length of one measurement of a sweep.", lower_bound=0.0)
 flags.DEFINE_list("peers", [*processes.PEERS], "What to measure beside bnjax's sweeps.")
 flags.DEFINE_bool("profile", True, "Measure where a sweep's time goes.")
+flags.DEFINE_bool("widths", False, "Measure sweeps at each of some widths, beside the width that is chosen.")
 flags.DEFINE_bool("first_result", True, "Measure the time to a sweep's first result.")
 flags.DEFINE_bool("growth", False, "Measure what a cell of the smallest workload costs as the grid grows.")
 flags.DEFINE_list("growth_cells", ["64", "1024", "8192", "65536"], "Grids for --growth.")
@@ -357,6 +358,7 @@ def compare_sweeps(names: list[str], grids: list[int], folder: Path, page: Path 
     peers = [name for name in FLAGS.peers if processes.installed(processes.PEERS[name])]
     missing = [name for name in FLAGS.peers if name not in peers]
     implementations = [*processes.OURS, *peers, *(processes.PARTS if FLAGS.profile else ())]
+    implementations += processes.WIDTHS if FLAGS.widths else ()
     ticks = len(names) * len(implementations) * (rounds + 1)
     ticks += FLAGS.first_result + FLAGS.growth * len(grids) * (rounds + 2)
     options = {"rounds": rounds, "seconds": FLAGS.seconds}

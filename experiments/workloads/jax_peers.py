@@ -50,19 +50,37 @@ def cross_entropy(logits, labels):
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def bnjax_sweep(w: Workload, cells: int, steps: int, seconds: float, evaluations: int = 1) -> Ready:
-    """`bnjax.sweep` as a user calls it, on all local devices; the test split is evaluated `evaluations` times."""
+def bnjax_sweep(
+    w: Workload,
+    cells: int,
+    steps: int,
+    seconds: float,
+    *,
+    evaluations: int = 1,
+    plan: str = "auto",
+    width: int | None = None,
+) -> Ready:
+    """`bnjax.sweep` as a user calls it, on all local devices; the test split is evaluated `evaluations` times.
+
+    With `plan="measure"` the plan is measured first, and kept for later sweeps. At a given `width` there are as many
+    cells as it takes at least.
+    """
     model = bnjax.mlp(w.features, w.sizes[-1], w.activation)
     config = bnjax.TrainConfig(steps, w.batch_size, eval_every=max(1, -(-steps // evaluations)))
     ds = bnjax.Dataset(*workloads.data(w))
     hyper = bnjax.Hyperparams(learning_rate=workloads.LEARNING_RATE, momentum=workloads.MOMENTUM)
 
     known = {}
+    cells = max(cells, (width or 1) * jax.local_device_count())
 
-    def run():
-        results = bnjax.sweep(model, ds, config, {"seed": range(cells)}, hyper=hyper, progress=False)
+    def run(plan="auto"):
+        options = {"hyper": hyper, "plan": plan, "width": width, "progress": False}
+        results = bnjax.sweep(model, ds, config, {"seed": range(cells)}, **options)
         known["width"] = planned_width(results)
         return cells * steps
+
+    if plan == "measure":
+        run(plan)
 
     ready, _ = repeated(run, seconds)
     return ready, known

@@ -50,10 +50,20 @@ PEERS = MappingProxyType(
 )
 OURS = MappingProxyType(
     {
-        "bnjax": Implementation("bnjax.sweep", "jax", "devices", "jax_peers.bnjax_sweep"),
+        "bnjax": Implementation(
+            "bnjax.sweep", "jax", "devices", "jax_peers.bnjax_sweep", {"plan": "measure"}
+        ),
         "bnjax_evaluated": Implementation(
             "evaluated 4 times", "jax", "devices", "jax_peers.bnjax_sweep", {"evaluations": 4}
         ),
+    }
+)
+WIDTHS = MappingProxyType(
+    {
+        f"width_{width}": Implementation(
+            f"width {width}", "jax", "devices", "jax_peers.bnjax_sweep", {"width": width}
+        )
+        for width in (1, 2, 4, 8, 16, 32)
     }
 )
 PARTS = MappingProxyType(
@@ -65,7 +75,7 @@ PARTS = MappingProxyType(
         "shuffle": _part("+ shuffled batches", "shuffle"),
     }
 )
-ALL = MappingProxyType({**OURS, **PEERS, **PARTS})
+ALL = MappingProxyType({**OURS, **PEERS, **PARTS, **WIDTHS})
 
 
 def installed(implementation: Implementation) -> bool:

@@ -134,7 +134,7 @@ def growth(
     """
     found = np.full((len(grids), rounds), np.nan)
     peaks = []
-    asked = {"implementation": "bnjax", "workload": workload}
+    asked = {"implementation": "bnjax", "workload": workload, "plan": "auto"}
     for cells in grids:
         with processes.started("devices") as crew:
             processes.ask(crew, "prepare", name="", cells=cells, steps=2, seconds=0, **asked)

@@ -44,7 +44,8 @@ def others(results: xr.Dataset) -> list[str]:
 
 def speeds(results: xr.Dataset, missing: list[str]) -> Figures:
     """Cell-steps per second, and what is known of how they were reached."""
-    names = [str(name) for name in results.implementation.values if name not in processes.PARTS]
+    apart = {*processes.PARTS, *processes.WIDTHS}
+    names = [str(name) for name in results.implementation.values if name not in apart]
     rows = []
     for workload in results.workload.values:
         at = results.sel(workload=workload)
@@ -131,6 +132,25 @@ def profile(results: xr.Dataset) -> Figures | None:
     return Figures("Where a sweep's time goes: what each part adds, medians", header, rows)
 
 
+def widths(results: xr.Dataset) -> Figures | None:
+    """Speed at each width, and that of the width that was chosen over the fastest; None if they were not measured."""
+    names = [name for name in processes.WIDTHS if name in results.implementation]
+    if not names:
+        return None
+    rows = []
+    for workload in results.workload.values:
+        speeds = results.speed.sel(workload=workload)
+        middle = speeds.sel(implementation=names).median("round")
+        best = str(middle.implementation.values[int(middle.argmax())])
+        ratio = speeds.sel(implementation="bnjax") / speeds.sel(implementation=best)
+        low, half, high = ratio.quantile([0.25, 0.5, 0.75], "round").values
+        chosen = int(results.width.sel(workload=workload, implementation="bnjax"))
+        found = [three_digits(float(value)) for value in middle]
+        rows.append([str(workload), *found, f"{chosen}", f"{half:.2f} [{low:.2f}, {high:.2f}]"])
+    header = ["", *map(title, names), "chosen", "chosen over the fastest"]
+    return Figures("Cell-steps per second of bnjax.sweep at each width, medians", header, rows)
+
+
 def first_result(results: xr.Dataset) -> Figures | None:
     """Seconds to the first result."""
     if "first_result" not in results:
@@ -173,7 +193,9 @@ def all_figures(results: xr.Dataset, missing: list[str]) -> list[Figures]:
     """What was measured, as tables."""
     found = [speeds(results, missing)]
     found += [comparison(results)] if len(results.implementation) > 1 else []
-    return found + [f for f in (profile(results), first_result(results), growth(results)) if f]
+    return found + [
+        f for f in (profile(results), widths(results), first_result(results), growth(results)) if f
+    ]
 
 
 def for_terminal(figures: Figures) -> rich.table.Table:
