@@ -139,9 +139,9 @@ def take_and_drop_the_lease(path, seconds, seed):
             time.sleep(draw.uniform(0, 0.002))
 
 
-def work(path, die=None, limit=None, pause=None, leases=None, **options):
-    """The sweep at `path`, with something done to it; raises what the sweep raises."""
-    plan.GROUPS = GROUPS
+def work(path, die=None, limit=None, pause=None, leases=None, groups=GROUPS, peak=None, **options):
+    """The sweep at `path`, with something done to it; raises what the sweep raises. `peak`: a file for its memory."""
+    plan.GROUPS = groups
     if die:
         die_in(*die)
     if limit:
@@ -152,6 +152,9 @@ def work(path, die=None, limit=None, pause=None, leases=None, **options):
         take_and_drop_the_lease(path, *leases)
     else:
         sweep(path, **options)
+    if peak:
+        (line,) = (text for text in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in text)
+        Path(peak).write_text(line.split()[1])
 
 
 def serve():

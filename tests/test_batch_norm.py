@@ -834,7 +834,9 @@ def test_detached_statistics(x64, detach, masked):
         np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("detach", [("mean",), ("var",), ("mean", "var")])
+@pytest.mark.parametrize(
+    "detach", [("mean", "var"), *(pytest.param(d, marks=pytest.mark.slow) for d in [("mean",), ("var",)])]
+)
 def test_second_derivatives_with_detached_statistics(x64, detach):
     """The rule is differentiated again: a detached statistic is a constant in every order."""
     rng = np.random.default_rng(0)

@@ -288,6 +288,29 @@ def operations(monkeypatch, call):
         return disk.count
 
 
+@pytest.mark.slow
+def test_65536_cells_in_bounded_memory(server, tmp_path):
+    """Killed four times and resumed: every file as if it had not been; and memory for the results, but no more."""
+    options = {"seeds": 2**15, "width": 64, "segment": 6, "groups": 16}
+    peaks = {}
+    for name, seeds in {"few": 2**10, "many": 2**15}.items():
+        peak = tmp_path / name
+        assert server.run(tmp_path / f"{name}.zarr", **options | {"seeds": seeds, "peak": str(peak)}) == 0
+        peaks[name] = int(peak.read_text())
+    path = tmp_path / "killed.zarr"
+    for die in (["ledger", 3], ["value", 60], ["checkpoint", 30], ["ledger", 8]):
+        assert server.run(path, **options, die=die) == -signal.SIGKILL
+    assert server.run(path, **options) == 0
+    found, expected = contents(path), contents(tmp_path / "many.zarr")
+    assert sorted(found) == sorted(expected)
+    assert [key for key in expected if found[key] != expected[key]] == []
+    results = bnjax.load_results(path)
+    assert results.diverged.size == 2**16
+    assert "done" not in results
+    # Kibibytes; and some copies of the results, such as those that are read to check them.
+    assert peaks["many"] - peaks["few"] < 20 * results.nbytes / 2**10
+
+
 @pytest.mark.parametrize("some", [3, pytest.param(None, marks=pytest.mark.slow)])
 class TestKilledAtEveryDiskOperation:
     """In this process, with a disk that stops: at (every second) operation in the slow suite, else at a few."""

@@ -142,6 +142,7 @@ class TestMemory:
         needed = measure.program.memory_needed(programs, blobs, CONFIG, tight)
         monkeypatch.setattr(measure, "_memory", lambda devices: needed)
 
+    @pytest.mark.slow
     def test_counts_what_the_program_takes(self, blobs, by_size):
         def needed(config, width):
             wide = plan.make_plan(MODEL, blobs, config, width=width, segment=3)
@@ -164,11 +165,13 @@ class TestMemory:
         again = bnjax.load_results(tmp_path / "results.zarr")
         assert again.identical(results)
 
+    @pytest.mark.slow
     def test_never_in_the_place_of_what_was_asked_for(self, monkeypatch, blobs):
         self.limit(monkeypatch, blobs, 4)
         with pytest.raises(MemoryError, match=r"width 8 on 2 devices needs .* GiB of memory, and there are"):
             self.sweep(blobs, width=8)
 
+    @pytest.mark.slow
     def test_never_half_way(self, monkeypatch, blobs, tmp_path):
         path = tmp_path / "results.zarr"
         results = self.sweep(blobs, path=path, width=8)

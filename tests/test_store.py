@@ -81,7 +81,10 @@ class TestResume:
         xr.testing.assert_allclose(one.drop_vars("angle"), other.drop_vars("angle"), rtol=1e-4)
         np.testing.assert_allclose(one.angle, other.angle, rtol=1e-4, atol=0.1)
 
-    @pytest.mark.parametrize(("method", "times"), [("commit", 1), ("commit", 4), ("save_checkpoint", 2)])
+    @pytest.mark.parametrize(
+        ("method", "times"),
+        [("commit", 1), pytest.param("commit", 4, marks=pytest.mark.slow), ("save_checkpoint", 2)],
+    )
     def test_ends_as_if_it_had_never_stopped(self, sweep, monkeypatch, method, times):
         with monkeypatch.context() as patch:
             dying(patch, method, times)
@@ -134,6 +137,7 @@ class TestResume:
         xr.testing.assert_equal(sweep(path=memory), sweep(path=None))
         xr.testing.assert_equal(bnjax.load_results(memory), sweep(path=memory))
 
+    @pytest.mark.slow
     def test_several_models(self, sweep):
         models = {"a": MODEL, "b": bnjax.mlp((8, 8), 4, norm="none")}
         options = {"model": models, "probe": None, "segment": None}

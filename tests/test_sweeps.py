@@ -160,7 +160,8 @@ class TestSweep:
 
     @pytest.mark.parametrize(
         "options",
-        [{"width": 1}, {"devices": jax.devices()[:1]}, pytest.param({"width": 5}, marks=pytest.mark.slow)],
+        [{"width": 1}]
+        + [pytest.param(o, marks=pytest.mark.slow) for o in ({"devices": jax.devices()[:1]}, {"width": 5})],
     )
     def test_width_and_devices_change_nothing_but_rounding(self, blobs, options):
         expected, found = sweep(blobs, self.axes), sweep(blobs, self.axes, **options)
@@ -234,6 +235,7 @@ class TestACellIsBitwiseItself:
         self.check(self.run(blobs, [6, 2], (100.0, 1.0), MODEL), reference)
 
 
+@pytest.mark.slow
 def test_orthogonal_kernels_on_several_devices(blobs):
     """A batched QR decomposition on several CPU devices once waited for its own threads for ever."""
     config = bnjax.TrainConfig(steps=2, batch_size=32)

@@ -91,7 +91,7 @@ def rmsprop(h, t, params, grads, state):
     ("optimizer", "learning_rate"),
     [
         (sgd, 0.1),
-        (adam, 0.01),
+        pytest.param(adam, 0.01, marks=pytest.mark.slow),
         pytest.param(adamw, 0.01, marks=pytest.mark.slow),
         pytest.param(rmsprop, 0.003, marks=pytest.mark.slow),
     ],
@@ -110,7 +110,7 @@ def test_agrees_with_a_plain_loop(blobs, optimizer, learning_rate):
     np.testing.assert_allclose(history.test_accuracy, test_accuracy, atol=2.1 / 128)
 
 
-@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("norm", ["batch", pytest.param("none", marks=pytest.mark.slow)])
 def test_learns(blobs, norm):
     history = run(blobs, model=bnjax.mlp((16, 16), 4, norm=norm), steps=80, eval_every=20)
     assert history.test_accuracy[-1] > 0.8  # chance is 0.25; a linear discriminant reaches 0.9
@@ -297,7 +297,11 @@ def expected_of_the_doomed(of, limit, config):
 @pytest.mark.parametrize("of", ["loss", "gradient"])
 @pytest.mark.parametrize(
     ("examples", "eval_every", "segment"),
-    [(500, None, None), (500, 37, None), (500, 1, 9), (13, 40, None), (500, None, 33), (7, 8, 20)],
+    [
+        (500, None, None),
+        (13, 37, None),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(500, 1, 9), (500, None, 33), (7, 8, 20)]),
+    ],
 )
 def test_any_step_may_be_the_last(of, examples, eval_every, segment):
     # All at once, so that each goes wrong beside others that go on, are gone, or go a step later.

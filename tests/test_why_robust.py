@@ -66,6 +66,7 @@ class TestMain:
             assert f"│ {name}" in printed
         assert printed.count("Verdict: ") == printed.count("Claim: ") >= len(names)
 
+    @pytest.mark.slow
     def test_depth(self, main, capsys):
         self.check(main(controls="depth"), capsys.readouterr().out, ["depth"])
 
