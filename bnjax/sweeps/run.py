@@ -234,8 +234,8 @@ def train_chunk(
         nonlocal last
         if seconds is None or time.monotonic() - last < seconds:
             return
-        arrays = {"done": done} | {f"value {name}": value for name, value in values.items()}
-        results.save_checkpoint(chunk, arrays | ({} if state is None else _packed(group, state, plan)))
+        state = {} if state is None else _packed(group, state, plan)
+        results.save_checkpoint(chunk, _cells_done(done, values) | state)
         last = time.monotonic()
 
     def groups():
@@ -271,6 +271,11 @@ def train_chunk(
 def _empty(layout: store.Layout, chunk: store.Chunk) -> dict[str, np.ndarray]:
     count = len(chunk.cells)
     return {name: np.zeros((count, *layout.extent(name)), v.dtype) for name, v in layout.variables.items()}
+
+
+def _cells_done(done: np.ndarray, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What a checkpoint holds of the cells of a chunk."""
+    return {"done": done} | {f"value {name}": value for name, value in values.items()}
 
 
 def _packed(group: np.ndarray, state: program.Halfway, plan: Plan) -> dict[str, np.ndarray]:
@@ -507,10 +512,7 @@ def _extended(old: store.Store, asked: store.Layout, cells: Hyperparams) -> Path
         starts = [chunk.cells.start for chunk in there]
         read = functools.lru_cache(maxsize=64)(lambda k, there=there: old.read(there[k]))
         for chunk in (c for c in asked.chunks() if c.model == i):
-            values = {
-                name: np.zeros((len(chunk.cells), *asked.extent(name)), v.dtype)
-                for name, v in asked.variables.items()
-            }
+            values = _empty(asked, chunk)
             done = np.zeros(len(chunk.cells), bool)
             for j, source in enumerate(sources[chunk.cells.start : chunk.cells.stop]):
                 k = bisect.bisect_right(starts, source) - 1
@@ -523,7 +525,5 @@ def _extended(old: store.Store, asked: store.Layout, cells: Hyperparams) -> Path
                 new.commit(chunk, values)
             elif done.any():
                 values["done"][:] = True
-                new.save_checkpoint(
-                    chunk, {"done": done} | {f"value {name}": v for name, v in values.items()}
-                )
+                new.save_checkpoint(chunk, _cells_done(done, values))
     return folder

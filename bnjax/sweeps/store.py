@@ -86,6 +86,12 @@ class Layout(NamedTuple):
         """Of the axes."""
         return tuple(len(values) for values in self.axes.values())
 
+    @property
+    def coordinates(self) -> dict[str, np.ndarray]:
+        """Of all dimensions."""
+        found = {**self.axes, **self.further} | ({"model": self.models} if self.labelled else {})
+        return {name: _objects(np.asarray(values)) for name, values in found.items()}
+
     def dims(self, name: str) -> tuple[str, ...]:
         """Of a variable."""
         return (*(["model"] if self.labelled else []), *self.axes, *self.variables[name].dims)
@@ -105,7 +111,8 @@ class Layout(NamedTuple):
 
     def chunks(self) -> list["Chunk"]:
         """All chunks, in the order in which they are computed."""
-        return [Chunk(i, j, *where) for i in range(len(self.models)) for j, where in enumerate(self._tiles())]
+        tiles = [*self._tiles()]
+        return [Chunk(i, j, *where) for i in range(len(self.models)) for j, where in enumerate(tiles)]
 
     def as_attributes(self) -> dict[str, Any]:
         """All of it as JSON holds it, with a checksum: the attributes of the root group."""
@@ -343,15 +350,15 @@ class Store:
     def problem(self, chunk: Chunk) -> str | None:
         """What is wrong with a committed chunk, in words; None: nothing."""
         who = self.layout.who(chunk)
+        values = {}
         for variable in self.layout.variables:
             try:
-                self.group[variable][self.layout.region(chunk)]
-            except (
-                Exception
-            ) as error:  # whatever zarr, its codecs and the file system raise for a damaged file
+                values[variable] = self.group[variable][self.layout.region(chunk)]
+            # Whatever zarr, its codecs and the file system raise for a damaged file.
+            except Exception as error:
                 return f"{variable} of {who} cannot be read ({_first_line(error)})"
         stored = self.files.get(f"{LEDGER}/{chunk.key}")
-        found = {name: self._prepared(name, chunk, self.read(chunk)) for name in self.layout.variables}
+        found = {name: self._prepared(name, chunk, values) for name in values}
         return None if stored == digest(found).encode() else f"{who} are not what was committed"
 
     def _prepared(self, name, chunk, values):
@@ -372,11 +379,7 @@ def digest(values: Mapping[str, np.ndarray]) -> str:
 def frame(layout: Layout) -> dict[str, bytes]:
     """{key: bytes} of everything but values and ledger, the record first."""
     memory = Files(None)
-    coordinates = {
-        name: (name, _objects(values)) for name, values in {**layout.axes, **layout.further}.items()
-    }
-    if layout.labelled:
-        coordinates["model"] = ("model", _objects(np.asarray(layout.models)))
+    coordinates = {name: (name, values) for name, values in layout.coordinates.items()}
     save(xr.Dataset(coords=coordinates), memory.store)
     group = zarr.open_group(memory.store, mode="a")
     models = [len(layout.models)] if layout.labelled else []
@@ -494,9 +497,8 @@ def lease(files: Files, index: int = 0, count: int = 1) -> Iterator[None]:
                 f"{time.time() - one['confirmed']:.0f} s ago"
             )
 
-    with files.alone(
-        LEASE
-    ):  # what is found dead here must not have been replaced by a living one when it is deleted
+    # What is found dead here must not have been replaced by a living one when it is deleted.
+    with files.alone(LEASE):
         refuse()
         files.put_new(key, text())
     stop = threading.Event()
@@ -641,9 +643,8 @@ def load(path: StoreLike) -> xr.Dataset:
         return found if layout is None else _checked(found, layout, entries)
     except PermissionError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever xarray, zarr, its codecs and the file system raise for a damaged file
+    # Whatever xarray, zarr, its codecs and the file system raise for a damaged file.
+    except Exception as error:
         if layout is None and isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"no results at {path}") from None
         if layout is not None and read_layout(files).as_attributes() != layout.as_attributes():
@@ -665,10 +666,7 @@ def _damages(files: Files, layout: Layout, entries: Mapping[str, bytes]) -> list
 
 def _checked(found: xr.Dataset, layout: Layout, entries: Mapping[str, bytes]) -> xr.Dataset:
     """The data set with only what is committed, after checking that this is what was committed."""
-    coordinates = {**layout.axes, **layout.further}
-    if layout.labelled:
-        coordinates["model"] = np.asarray(layout.models)
-    for name, values in coordinates.items():
+    for name, values in layout.coordinates.items():
         if found[name].dims != (name,) or found[name].values.tolist() != values.tolist():
             raise ValueError(f"the coordinate {name}")
     values = {name: np.array(found[name].transpose(*layout.dims(name)).values) for name in layout.variables}
@@ -694,8 +692,7 @@ def _labelled(layout: Layout, values: Mapping[str, np.ndarray]) -> xr.Dataset:
         )
         for name, v in layout.variables.items()
     }
-    coordinates = {**layout.axes, **layout.further} | ({"model": layout.models} if layout.labelled else {})
-    coordinates = {name: (name, _objects(np.asarray(values))) for name, values in coordinates.items()}
+    coordinates = {name: (name, values) for name, values in layout.coordinates.items()}
     found = xr.Dataset(variables, coordinates, layout.attributes)
     return found.drop_vars("done") if found.done.all() else found
 
