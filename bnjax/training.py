@@ -14,7 +14,8 @@ from the start, or between the step that ruined it and the next one's loss, whic
 largest float32; after the last step it counts as divergence too, at step `config.steps`.
 
 Looking at every number of the state after each step would take a quarter of the time. So a block of steps is
-taken without a look, and its end is looked at: a number that is not finite stays so. Where a cell has diverged, all
+taken without a look, and its end is looked at: a number that is not finite stays so, in parameters and in running
+averages (and must in whatever else a network keeps as its batch statistics). Where a cell has diverged, all
 cells that are mapped over go back to the start of the block before, and on from there a step at a time; by the same
 compiled step, so that for those that have not diverged nothing changes, to the last bit. Once all have diverged,
 no more steps are taken.
@@ -267,7 +268,8 @@ def make_run(model: Model, config: TrainConfig, probe: Probe | None = None) -> R
             new, loss_finite = jax.lax.fori_loop(step, stop, body, (old, jnp.bool_(True)))
             alive = old.diverged_step < 0
             diverged = alive & ~(loss_finite & _all_finite((new.params, new.batch_stats)))
-            back = _anywhere(diverged) & (stop > step + 1)
+            # Settled here only by a single step with the state before it at hand.
+            back = _anywhere(diverged) & (stop > before_step + 2)
 
             # A loss that is not finite condemns the state that it was computed in: back to the one before.
             good = _select(loss_finite, old, before)
@@ -277,30 +279,33 @@ def make_run(model: Model, config: TrainConfig, probe: Probe | None = None) -> R
             there = (before_step, stop, again, before_step, before)
             return *_select(back, there, (stop, careful_until, now, step, old)), here, order
 
-        def to_evaluation(state, begin, end):
-            """The steps from one evaluation to the next."""
+        def to_evaluation(state, epoch, order, begin, end):
+            """The steps from one evaluation to the next; the order of the data is that of the epoch."""
             before = state.cell._replace(params=state.good[0], batch_stats=state.good[1])
-            epoch = begin // steps_per_epoch
-            carry = (begin, begin, state.cell, begin, before, epoch, order_of(epoch))
-            _, _, cell, _, before, *_ = jax.lax.while_loop(
+            _, _, cell, _, before, epoch, order = jax.lax.while_loop(
                 lambda carry: (carry[0] < end) & _anywhere(carry[2].diverged_step < 0),
                 lambda carry: block(carry, end),
-                carry,
+                (begin, begin, state.cell, begin, before, epoch, order),
             )
-            return RunState(cell, (before.params, before.batch_stats), state.initial)
+            return RunState(cell, (before.params, before.batch_stats), state.initial), epoch, order
 
-        def evaluated(state, begin):
-            state = to_evaluation(state, begin, begin + steps // evaluations)
+        def evaluated(carry, begin):
+            state, epoch, order = to_evaluation(*carry, begin, begin + steps // evaluations)
             cell = state.cell
             loss, accuracy, _ = cell.averages
             test = _evaluate(model, cell.params, cell.batch_stats, ds.test_x, ds.test_y)
             recorded = Recorded((loss, accuracy, *test), probed(state, ds, hyper))
-            return state._replace(cell=cell._replace(averages=(loss, accuracy, jnp.int32(0)))), recorded
+            state = state._replace(cell=cell._replace(averages=(loss, accuracy, jnp.int32(0))))
+            return (state, epoch, order), recorded
 
         first = jnp.int32(first)
-        if evaluations:
-            return jax.lax.scan(evaluated, state, first + steps // evaluations * jnp.arange(evaluations))
-        return to_evaluation(state, first, first + steps), None
+        epoch = first // steps_per_epoch
+        carry = (state, epoch, order_of(epoch))
+        if not evaluations:
+            return to_evaluation(*carry, first, first + steps)[0], None
+        begins = first + steps // evaluations * jnp.arange(evaluations, dtype=jnp.int32)
+        (state, *_), recorded = jax.lax.scan(evaluated, carry, begins)
+        return state, recorded
 
     def finish(state, recorded):
         curves = recorded.curves

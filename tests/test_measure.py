@@ -31,7 +31,7 @@ def landscape(monkeypatch, speeds):
 
     def steps_at(model, ds, config, plan, one):
         if plan.width not in speeds:
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+            return None
         tried.append(plan.width)
         return lambda: speeds[plan.width]
 
@@ -72,14 +72,27 @@ class TestMeasured:
         seconds = found.segment * found.group / 50
         assert plan.SEGMENT_SECONDS / 2 < seconds <= plan.SEGMENT_SECONDS
 
-    def test_a_network_that_is_broken_from_the_start_is_not_measured(self, blobs, by_size):
-        broken = MODEL._replace(init=lambda *a: jax.tree.map(lambda v: v * float("nan"), MODEL.init(*a)))
-        assert measure.measured(broken, blobs, CONFIG, by_size) == by_size
+    def test_a_network_that_diverges_at_once_is_not_measured(self, blobs, by_size, cache):
+        huge = MODEL._replace(init=lambda *a: jax.tree.map(lambda v: v * 1e30, MODEL.init(*a)))
+        assert measure.measured(huge, blobs, CONFIG, by_size) == by_size
+        assert not cache.exists()
+
+    def test_nor_one_that_does_not_fit(self, monkeypatch, blobs, by_size):
+        landscape(monkeypatch, {})
+        assert measure.measured(MODEL, blobs, CONFIG, by_size) == by_size
 
 
 class TestKept:
     @pytest.mark.parametrize(
-        "text", ["", "{", "[]", '{"width": 2}', '{"width": "a", "segment": 1, "measured": {}}']
+        "text",
+        [
+            "",
+            "{",
+            "[]",
+            '{"width": 0, "segment": 1, "measured": {}}',
+            '{"width": 2}',
+            '{"width": "a", "segment": 1, "measured": {}}',
+        ],
     )
     def test_what_cannot_be_read_is_none(self, monkeypatch, blobs, by_size, cache, text):
         landscape(monkeypatch, {by_size.width: 1.0})

@@ -299,12 +299,15 @@ def expected_of_the_doomed(of, limit, config):
     ("examples", "eval_every", "segment"),
     [
         (500, None, None),
-        (13, 37, None),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(500, 1, 9), (500, None, 33), (7, 8, 20)]),
+        (33, 37, None),  # an epoch of one block and a step
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(500, 1, 9), (500, None, 33), (7, 8, 20), (65, None, 20), (1, 3, None)]
+        ),
     ],
 )
 def test_any_step_may_be_the_last(of, examples, eval_every, segment):
-    # All at once, so that each goes wrong beside others that go on, are gone, or go a step later.
+    # Each by itself; and all at once, beside others that go on, are gone, or go a step later.
     config = bnjax.TrainConfig(steps=100, batch_size=1, eval_every=eval_every)
     limits = np.arange(102)
     x, y = np.zeros((examples, 1), np.float32), np.zeros(examples, np.int32)
@@ -321,13 +324,16 @@ def test_any_step_may_be_the_last(of, examples, eval_every, segment):
             parts += [recorded] * bool(evaluations)
         return run.finish(state, jax.tree.map(lambda *v: jnp.concatenate(v), *parts))
 
-    history = jax.jit(jax.vmap(train, axes))(hyper, ds)
+    together = jax.jit(jax.vmap(train, axes))(hyper, ds)
+    alone = jax.jit(train)
     for i, limit in enumerate(limits):
         (train_loss, test_loss), diverged = expected_of_the_doomed(of, limit, config)
-        assert history.diverged_step[i] == diverged
-        assert history.diverged[i] == (diverged >= 0)
-        np.testing.assert_allclose(history.train_loss[i], train_loss, rtol=1e-5)  # float32 means of 100
-        np.testing.assert_allclose(history.test_loss[i], test_loss, rtol=1e-6)
+        one = alone(hyper._replace(init_scale=np.float32(limit)), ds)
+        for history in (one, jax.tree.map(lambda a, i=i: a[i], together)):
+            assert history.diverged_step == diverged
+            assert history.diverged == (diverged >= 0)
+            np.testing.assert_allclose(history.train_loss, train_loss, rtol=1e-5)  # float32 means of 100
+            np.testing.assert_allclose(history.test_loss, test_loss, rtol=1e-6)
 
 
 def test_frozen_kernels_stay_even_under_weight_decay(blobs):

@@ -67,28 +67,27 @@ def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seco
       seconds: after so many no further width is tried; at least two are.
 
     Returns:
-      A plan whose `measured` has the cell-steps per second at each width that was tried; or the one given, if the
-      network is not finite from the start, so that there is nothing to measure.
+      A plan whose `measured` has the cell-steps per second at each width that was tried; or the one given, if it does
+      not fit into memory, or the network has diverged where it starts, so that there is nothing to measure.
     """
     stop = time.monotonic() + seconds
     replicated = program.programs_of(model, config, plan, None).replicated
     on_devices = jax.device_put(ds, replicated)
     start = jax.jit(make_run(model, config).start)
     one = jax.tree.map(np.asarray, start(Hyperparams(learning_rate=0.0), on_devices)[0])
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(one.cell.params)):
-        return plan
-    runs: dict[int, Callable[[], float]] = {}
+    runs: dict[int, Callable[[], float] | None] = {}
 
     def ratio(width, best):
         """How many times as fast as the best, round by round; None: it cannot be run."""
-        try:
-            runs[width] = _steps_at(model, on_devices, config, plan._replace(width=width), one)
-        except jax.errors.JaxRuntimeError:  # out of memory
+        runs[width] = _steps_at(model, on_devices, config, plan._replace(width=width), one)
+        if runs[width] is None:
             return None
         pairs = [(runs[best](), runs[width]()) for _ in range(ROUNDS)]
         return float(np.median([other / known for known, other in pairs]))
 
     runs[plan.width] = _steps_at(model, on_devices, config, plan, one)
+    if runs[plan.width] is None:
+        return plan
     relative = {plan.width: 1.0}
     best = plan.width
     for factor in (2, 1 / 2):
@@ -114,8 +113,8 @@ def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seco
     return plan
 
 
-def _steps_at(model, ds, config, plan, one) -> Callable[[], float]:
-    """What takes some steps at the plan's width and returns the cell-steps per second; compiled."""
+def _steps_at(model, ds, config, plan, one) -> Callable[[], float] | None:
+    """What takes some steps at the plan's width and returns the cell-steps per second; compiled. None: it cannot."""
     programs = program.programs_of(model, config, plan, None)
     guess = cell_step_seconds(model, ds, config, plan.devices[0])
     steps = int(np.clip(RUN_SECONDS / (plan.width * guess), 16, 1000))
@@ -128,9 +127,12 @@ def _steps_at(model, ds, config, plan, one) -> Callable[[], float]:
         state[0] = jax.block_until_ready(programs.advance(state[0], hyper, ds, np.int32(100), steps, 0)[0])
         return plan.group * steps / (time.perf_counter() - start)
 
-    run()
-    run()
-    return run
+    try:
+        run()
+        run()
+    except jax.errors.JaxRuntimeError:  # out of memory
+        return None
+    return run if (np.asarray(state[0].cell.diverged_step) < 0).all() else None
 
 
 def kept(model: Model, ds: Dataset, config: TrainConfig, plan: Plan) -> Plan | None:
@@ -138,9 +140,17 @@ def kept(model: Model, ds: Dataset, config: TrainConfig, plan: Plan) -> Plan | N
     try:
         found = json.loads(_place(model, ds, config, plan.devices).read_text())
         speeds = {int(width): float(speed) for width, speed in found["measured"].items()}
-        return Plan(int(found["width"]), plan.devices, min(int(found["segment"]), config.steps), speeds)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not what was written
+        width, segment = int(found["width"]), int(found["segment"])
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ):  # none, or not what was written
         return None
+    return Plan(width, plan.devices, min(segment, config.steps), speeds) if min(width, segment) > 0 else None
 
 
 def _keep(place, plan, segment):
@@ -164,7 +174,7 @@ def _place(model, ds, config, devices) -> Path:
         "config": [config.batch_size, config.optimizer],
         "data": [[str(a.shape), str(a.dtype)] for a in ds[:2]],
     }
-    key = hashlib.blake2b(json.dumps(what, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
+    key = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=12).hexdigest()
     return platformdirs.user_cache_path("bnjax") / "plans" / f"{key}.json"
 
 

@@ -94,7 +94,9 @@ def make_plan(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if stored is not None:
         found = Plan(width or stored["width"], devices, min(segment or stored["segment"], config.steps))
-        return found._replace(measured=stored.get("measured"), narrowed=stored.get("narrowed"))
+        if found.width == stored["width"]:
+            found = found._replace(measured=stored.get("measured"), narrowed=stored.get("narrowed"))
+        return found
     if width is None:
         state = 3 * sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(parameters(model, ds)))
         cpu = devices[0].platform == "cpu"

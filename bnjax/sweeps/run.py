@@ -100,8 +100,8 @@ def sweep(
 
     Raises:
       ValueError: for axes, hyperparameters, data, probes or a width that are not allowed, or if what stands at
-        `path` was made by another sweep (it says in what they differ), before any work; or without a `path` for
-        several processes.
+        `path` was made by another sweep (it says in what they differ), before any cell is trained; or without a
+        `path` for several processes.
       Damaged: (a ValueError) if what stands there is damaged beyond repair.
       Busy: if another run is writing there.
       OSError: if the results cannot be written. What was committed stays.
@@ -126,9 +126,14 @@ def sweep(
         given = {"width": width, "segment": segment, "devices": devices}
         known = {} if stored is None else stored.attributes["plan"]
         plans = {n: make_plan(m, ds, config, **given, stored=known.get(n)) for n, m in models.items()}
-        if known or width is not None or segment is not None:
+        if known or width is not None:
             return plans
-        return {n: measure.chosen(models[n], ds, config, p, len(cells.seed), how) for n, p in plans.items()}
+        plans = {n: measure.chosen(models[n], ds, config, p, len(cells.seed), how) for n, p in plans.items()}
+        return (
+            plans
+            if segment is None
+            else {n: p._replace(segment=min(segment, config.steps)) for n, p in plans.items()}
+        )
 
     plans = planned(stored, plan if jax.process_index() == 0 else "size")
     variables, further = _variables(models, ds, config, probes)
