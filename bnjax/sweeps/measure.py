@@ -141,14 +141,8 @@ def kept(model: Model, ds: Dataset, config: TrainConfig, plan: Plan) -> Plan | N
         found = json.loads(_place(model, ds, config, plan.devices).read_text())
         speeds = {int(width): float(speed) for width, speed in found["measured"].items()}
         width, segment = int(found["width"]), int(found["segment"])
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ):  # none, or not what was written
+    # None, or not what was written.
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
     return Plan(width, plan.devices, min(segment, config.steps), speeds) if min(width, segment) > 0 else None
 

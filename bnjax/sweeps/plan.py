@@ -1,4 +1,4 @@
-"""How a sweep is run on the devices at hand: the one place where that is decided.
+"""How a sweep is run on the devices at hand.
 
 A cell's result may differ in its last bits between widths, and between segments of a run, so that both are stored with
 the results. By size, which is `make_plan`, they depend on the network, the configuration and the kind of device only;
