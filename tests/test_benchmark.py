@@ -254,14 +254,18 @@ class TestTables:
     def test_growth(self):
         results = xr.Dataset(
             {
-                "cell_seconds": (("grid", "grid_round"), [[1e-3, 2e-3, 4e-3], [2e-3, 2e-3, 2e-3]]),
-                "peak_memory": ("grid", [2**29, 2**30]),
+                "cell_seconds": (("grid", "grid_round"), [[0.2, 0.3, 0.4], [0.12, 0.12, 0.12], [0.102] * 3]),
+                "peak_memory": ("grid", [2**29, 2**30, 2**30]),
             },
-            {"grid": [64, 65536]},
+            {"grid": [10, 100, 1000]},
         )
-        results.cell_seconds.attrs["workload"] = workloads.SMALLEST
-        rows = tables.growth(results).rows
-        assert rows[1] == ["65,536", "2000", "1.000 [0.750, 1.500]", "1024"]
+        results.cell_seconds.attrs = {"workload": workloads.SMALLEST, "steps": 7}
+        np.testing.assert_allclose(tables.line(results), [2, 0.1])
+        found = tables.growth(results)
+        assert found.title == "As the grid grows, 64-32x3-10, 7 steps"
+        assert found.header[2] == "the whole sweep's time over 2 s + 1e+05 µs x cells"
+        assert found.rows[0] == ["10", "3e+05", "1.000 [0.833, 1.167]", "512"]
+        assert found.rows[2] == ["1,000", "1.02e+05", "1.000 [1.000, 1.000]", "1024"]
 
     def test_processes_together(self):
         """Their speeds add up, each over its own time."""

@@ -1,5 +1,6 @@
 """Several processes on this machine share one grid; what they leave is what one process leaves."""
 
+import json
 import os
 import signal
 import socket
@@ -17,21 +18,22 @@ from bnjax.sweeps import plan, store
 
 ROOT = Path(__file__).parents[1]
 WORKER = """
+import json
 import sys
 import jax
-path, address, count, index = sys.argv[1:]
+path, address, count, index, options = sys.argv[1:]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 1)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, int(count), int(index))
 from tests import test_distributed
-found = test_distributed.sweep(path)
+found = test_distributed.sweep(path, **json.loads(options))
 print("all done", "done" not in found, flush=True)
 """
 
 
-def sweep(path, **options):
-    """10 chunks of 2 cells, on one device."""
+def sweep(path, width=2, **options):
+    """10 chunks of 2 cells (at that width), on one device."""
     import jax
 
     rng = np.random.default_rng(0)
@@ -44,7 +46,7 @@ def sweep(path, **options):
             bnjax.TrainConfig(steps=20, batch_size=32),
             {"seed": range(10), "init_scale": (0.1, 1.0)},
             path=path,
-            width=2,
+            width=width,
             devices=jax.local_devices()[:1],
             progress=False,
             **options,
@@ -53,14 +55,14 @@ def sweep(path, **options):
         plan.GROUPS = groups
 
 
-def start(path, count):
+def start(path, count, **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(path), address, str(count), str(i)],
+            [sys.executable, "-c", WORKER, str(path), address, str(count), str(i), json.dumps(options)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,
@@ -85,6 +87,16 @@ def test_shares_are_the_whole(tmp_path, count):
     found = bnjax.load_results(tmp_path / "r.zarr")
     xr.testing.assert_equal(found, sweep(None))
     assert store.writers(store.Files(tmp_path / "r.zarr")) == []
+
+
+@pytest.mark.slow
+def test_the_first_measures_for_all(tmp_path):
+    """They wait for it meanwhile."""
+    finish(start(tmp_path / "r.zarr", 2, width=None, plan="measure"))
+    found = bnjax.load_results(tmp_path / "r.zarr")
+    (planned,) = found.attrs["plan"].values()
+    assert planned["measured"]
+    xr.testing.assert_equal(found, sweep(None, width=planned["width"]))
 
 
 @pytest.mark.slow

@@ -72,10 +72,11 @@ def committed(path):
 
 
 def check_whole(path, expected):
-    """Equal to the undisturbed sweep: the data set and its attributes, and each file."""
+    """Equal to the undisturbed sweep: the data set and its attributes, and each file; and there are no others."""
     results, files = expected
     xr.testing.assert_identical(bnjax.load_results(path), results)
     found = contents(path)
+    assert not [*path.rglob("*.partial")]
     assert sorted(found) == sorted(files)
     assert [key for key in files if found[key] != files[key]] == []
 

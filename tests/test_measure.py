@@ -109,6 +109,15 @@ class TestKept:
         assert measure.kept(bnjax.mlp((9,), 4, norm="none"), blobs, CONFIG, by_size) is None
         assert measure.kept(MODEL, blobs, CONFIG, by_size._replace(devices=by_size.devices[:1])) is None
 
+    def test_networks_are_told_apart_by_what_they_compute(self, monkeypatch, blobs, by_size):
+        landscape(monkeypatch, {by_size.width: 1.0})
+        mine = MODEL._replace(config={})
+        measure.measured(mine, blobs, CONFIG, by_size)
+        again = bnjax.mlp((8,), 4, norm="none")._replace(config={})
+        assert measure.kept(again, blobs, CONFIG, by_size) is not None
+        other = bnjax.mlp((8,), 4, "sigmoid", norm="none")._replace(config={})
+        assert measure.kept(other, blobs, CONFIG, by_size) is None
+
     def test_a_folder_that_cannot_be_written_is_none(self, monkeypatch, blobs, by_size, cache):
         landscape(monkeypatch, {by_size.width: 1.0})
         cache.parent.mkdir(parents=True)
@@ -120,12 +129,25 @@ class TestChosen:
     def test_ways(self, monkeypatch, blobs, by_size):
         other = by_size._replace(width=64)
         monkeypatch.setattr(measure, "measured", lambda *a: other)
-        assert measure.chosen(MODEL, blobs, CONFIG, by_size, 10, "auto") == by_size
-        assert measure.chosen(MODEL, blobs, CONFIG, by_size, 10, "measure") == other
+        assert measure.chosen(MODEL, blobs, CONFIG, by_size, 100, "auto") == by_size
+        assert measure.chosen(MODEL, blobs, CONFIG, by_size, 100, "measure") == other
         assert measure.chosen(MODEL, blobs, CONFIG, by_size, 10**12, "auto") == other
         assert measure.chosen(MODEL, blobs, CONFIG, by_size, 10**12, "size") == by_size
         monkeypatch.setattr(measure, "kept", lambda *a: other)
-        assert measure.chosen(MODEL, blobs, CONFIG, by_size, 10, "auto") == other
+        assert measure.chosen(MODEL, blobs, CONFIG, by_size, 100, "auto") == other
+
+    @pytest.mark.parametrize(("cells", "width"), [(1, 1), (2, 1), (3, 2), (10, 8), (128, 64), (10**6, 64)])
+    def test_no_wider_than_there_are_cells(self, monkeypatch, blobs, by_size, cells, width):
+        monkeypatch.setattr(measure, "kept", lambda *a: by_size._replace(width=64))
+        assert len(by_size.devices) == 2
+        assert measure.chosen(MODEL, blobs, CONFIG, by_size, cells, "auto").width == width
+
+    def test_a_place_that_is_taken_is_refused_before(self, monkeypatch, blobs, tmp_path):
+        tried = landscape(monkeypatch, {2**k: 1.0 for k in range(6)})
+        (tmp_path / "notes.txt").touch()
+        with pytest.raises(ValueError, match="is not empty"):
+            bnjax.sweep(MODEL, blobs, CONFIG, AXES, plan="measure", path=tmp_path, progress=False)
+        assert not tried
 
     def test_a_sweep_says_and_keeps_what_it_used(self, monkeypatch, blobs, tmp_path):
         landscape(monkeypatch, {1: 1.0, 2: 4.0, 4: 5.0, 8: 3.0, 16: 2.0, 32: 1.0})
@@ -194,6 +216,33 @@ class TestMemory:
         monkeypatch.undo()
         larger = bnjax.sweep(MODEL, blobs, CONFIG, {"seed": range(50)}, path=path, progress=False)
         assert larger.sel(seed=results.seed).equals(results)
+
+    def test_the_compiler_may_run_out_of_it(self, monkeypatch, blobs):
+        expected = self.sweep(blobs, width=4)
+        whole = measure.program.memory_needed
+
+        def memory_needed(programs, ds, config, plan):
+            if plan.width > 4:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return whole(programs, ds, config, plan)
+
+        monkeypatch.setattr(measure.program, "memory_needed", memory_needed)
+        results = self.sweep(blobs)
+        (stored,) = results.attrs["plan"].values()
+        assert (stored["width"], stored["narrowed"]) == (
+            4,
+            "width 8 needs more memory than the compiler found",
+        )
+        assert results.drop_attrs().equals(expected.drop_attrs())
+
+    def test_a_container_has_less(self, monkeypatch, tmp_path):
+        limits = [tmp_path / name for name in ("absent", "none", "some")]
+        limits[1].write_text("max\n")
+        monkeypatch.setattr(measure, "CONTAINER_LIMITS", limits[:2])
+        assert measure._memory(jax.devices()) > 2**27
+        limits[2].write_text(f"{2**27}\n")
+        monkeypatch.setattr(measure, "CONTAINER_LIMITS", limits)
+        assert measure._memory(jax.devices()) == 2**27
 
     def test_one_network_is_too_large(self, monkeypatch, blobs):
         monkeypatch.setattr(measure, "_memory", lambda devices: 1000)

@@ -1,7 +1,7 @@
 """The width measured, and memory counted: what a plan by size cannot know.
 
-A few steps of the real training program, on all devices at once, at the width chosen by size and at its halves or
-doubles for as long as they are faster. Programs that are compared run by turns, so that they share whatever the machine
+A few steps of the real training program, on all devices at once, at the width chosen by size and at its doubles and
+halves, until they are much slower. Programs that are compared run by turns, so that they share whatever the machine
 is doing; what decides is the median of the ratios. The plan found is kept in the user's cache folder, for this kind of
 machine, these versions and this configuration, and is what later sweeps of the same kind use.
 
@@ -9,8 +9,10 @@ A wider program must be faster by a twentieth to be preferred: a narrower one ta
 not decide.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -22,17 +24,20 @@ import numpy as np
 import platformdirs
 
 from bnjax.sweeps import program, record
-from bnjax.sweeps.plan import SEGMENT_SECONDS, Plan, cell_step_seconds, parameters
+from bnjax.sweeps.plan import SEGMENT_SECONDS, Plan, cell_step_seconds
 from bnjax.training import TrainConfig, make_run
 from bnjax.types import Dataset, Hyperparams, Model
 
 HOW = ("auto", "measure", "size")  # ways to a plan
 LONG_SECONDS = 300.0  # a sweep that takes longer than that, by a guess, is measured
-SECONDS = 20.0  # after so many no further width is tried
-RUN_SECONDS = 0.05  # about, of one measurement
-ROUNDS = 5
+SECONDS = 30.0  # after so many no further width is tried
+RUN_SECONDS = 0.1  # about, of one measurement
+ROUNDS = 7
 BETTER = 1.05
+HOPELESS = 0.85  # times the best: widths beyond it are not tried
 WIDEST = 4096
+# Of the main memory that a Linux container may use, in bytes: control groups, version 2 and 1.
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 def chosen(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, cells: int, how: str) -> Plan:
@@ -50,10 +55,15 @@ def chosen(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, cells: in
     if how == "size":
         return plan
     found = kept(model, ds, config, plan) if how == "auto" else None
-    if found is not None:
-        return found
     guess = cells * config.steps * cell_step_seconds(model, ds, config, plan.devices[0]) / len(plan.devices)
-    return measured(model, ds, config, plan) if how == "measure" or guess > LONG_SECONDS else plan
+    if found is None and (how == "measure" or guess > LONG_SECONDS):
+        found = measured(model, ds, config, plan)
+    if found is None:
+        return plan
+    # No wider than there are cells: the places of others would be computed for nothing.
+    return found._replace(
+        width=min(found.width, 2 ** math.ceil(math.log2(max(1.0, cells / len(plan.devices)))))
+    )
 
 
 def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seconds: float = SECONDS) -> Plan:
@@ -91,19 +101,17 @@ def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seco
     relative = {plan.width: 1.0}
     best = plan.width
     for factor in (2, 1 / 2):
-        while best * factor >= 1 and best * factor <= WIDEST:
-            width = int(best * factor)
-            if width in relative or (len(relative) > 1 and time.monotonic() > stop):
-                break
+        width = int(plan.width * factor)
+        while 1 <= width <= WIDEST and (len(relative) == 1 or time.monotonic() < stop):
             found = ratio(width, best)
             if found is None:
                 break
             relative[width] = found * relative[best]
-            if found < (BETTER if width > best else 1):
+            if found >= (BETTER if width > best else 1):
+                best = width
+            elif found < HOPELESS:
                 break
-            best = width
-        if best != plan.width:
-            break
+            width = int(width * factor)
     speed = float(np.median([runs[best]() for _ in range(ROUNDS)]))
     speeds = {width: round(speed * relative[width] / relative[best], 1) for width in sorted(relative)}
     per_step = best * len(plan.devices) / speed
@@ -163,13 +171,22 @@ def _place(model, ds, config, devices) -> Path:
     what: dict[str, Any] = {
         "machine": [len(devices), devices[0].device_kind, record.machine(), os.cpu_count()],
         "versions": record.versions(),
-        "model": dict(model.config),
-        "shapes": str(parameters(model, ds)),
+        "network": _network_text(model, ds, config),
         "config": [config.batch_size, config.optimizer],
         "data": [[str(a.shape), str(a.dtype)] for a in ds[:2]],
     }
     key = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=12).hexdigest()
     return platformdirs.user_cache_path("bnjax") / "plans" / f"{key}.json"
+
+
+def _network_text(model, ds, config) -> str:
+    """What the network computes, as the compiler is given it: two networks of the same shapes may differ in it."""
+
+    def outputs(x):
+        return model.apply(*model.init(jax.random.key(0), x.shape[1:], 1.0), x, train=True)
+
+    shape = (config.batch_size, *ds.train_x.shape[1:])
+    return jax.jit(outputs).lower(jax.ShapeDtypeStruct(shape, ds.train_x.dtype)).as_text()
 
 
 def check_memory(
@@ -191,17 +208,23 @@ def check_memory(
     """
     available = _memory(plan.devices)
     while True:
-        needed = program.memory_needed(programs, ds, config, plan)
-        if available is None or needed <= available:
-            return plan
+        try:
+            needed = program.memory_needed(programs, ds, config, plan)
+            if available is None or needed <= available:
+                return plan
+            needs = f"needs {needed / 2**30:.2f} GiB of memory"
+        # The compiler itself found too little.
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            needs = "needs more memory than the compiler found"
         if plan.width == 1 or not may_change:
+            there = "" if available is None else f", and there are {available / 2**30:.2f} GiB"
             raise MemoryError(
-                f"width {plan.width} on {len(plan.devices)} devices needs {needed / 2**30:.2f} GiB of memory, and "
-                f"there are {available / 2**30:.2f}" + (": use a smaller width" if plan.width > 1 else "")
+                f"width {plan.width} on {len(plan.devices)} devices {needs}{there}"
+                + (": use a smaller width" if plan.width > 1 else "")
             )
-        plan = plan._replace(
-            width=plan.width // 2, narrowed=f"width {plan.width} needs {needed / 2**30:.2f} GiB"
-        )
+        plan = plan._replace(width=plan.width // 2, narrowed=f"width {plan.width} {needs}")
 
 
 def _memory(devices) -> int | None:
@@ -209,9 +232,12 @@ def _memory(devices) -> int | None:
     stats = devices[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return len(devices) * stats["bytes_limit"]
-    try:
-        return (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if devices[0].platform == "cpu" else None
-        )
-    except (ValueError, OSError, AttributeError):
+    if devices[0].platform != "cpu":
         return None
+    found = []
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for limit in CONTAINER_LIMITS:
+        with contextlib.suppress(ValueError, OSError):  # none, or "max"
+            found.append(int(Path(limit).read_text()))
+    return min(found, default=None)

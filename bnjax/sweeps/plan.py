@@ -5,6 +5,7 @@ the results. By size, which is `make_plan`, they depend on the network, the conf
 `bnjax.sweeps.measure` finds better ones by measuring.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -108,7 +109,12 @@ def make_plan(
 
 def parameters(model: Model, ds: Dataset) -> PyTree:
     """Shapes and types of the network's parameters."""
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), ds.train_x.shape[1:], 1.0))[0]
+    return _parameters(model.init, ds.train_x.shape[1:])
+
+
+@functools.lru_cache(maxsize=16)
+def _parameters(init, input_shape):
+    return jax.eval_shape(lambda: init(jax.random.key(0), input_shape, 1.0))[0]
 
 
 def cell_step_seconds(model: Model, ds: Dataset, config: TrainConfig, device: jax.Device) -> float:

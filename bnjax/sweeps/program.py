@@ -123,6 +123,12 @@ def memory_needed(programs: Programs, ds: Dataset, config: TrainConfig, plan: Pl
 
     Compiles the program, which is kept for `run_group`.
     """
+    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=programs.replicated) for a in ds)
+    return _memory_needed(programs, Dataset(*shapes), config, Plan(*plan[:3]))
+
+
+@functools.lru_cache(maxsize=16)  # the compiler takes some 50 ms to answer
+def _memory_needed(programs, ds, config, plan):
     cells = Hyperparams(
         *(np.zeros(plan.group, np.uint32 if name == "seed" else np.float32) for name in Hyperparams._fields)
     )

@@ -84,7 +84,7 @@ def sweep(
       about: further attributes to keep with the results, such as the command that made them; what is under "data"
         there joins the data's fingerprint, and must agree when results are continued.
       plan: how the width and the segment are chosen, where there are no results at `path` that have theirs: "size": by
-        the size of the network; "measure": by a measurement of some 20 seconds, which is kept in the user's cache
+        the size of the network; "measure": by a measurement of some 30 seconds, which is kept in the user's cache
         folder; "auto": as was measured before, or measured now if the sweep is a long one, or else by size.
       width: cells vmapped together on one device; default: as planned.
       segment: most steps in one call of the compiled program; default: likewise.
@@ -118,7 +118,7 @@ def sweep(
     for one in models.values():
         check(one, ds, config)
     probes = _probes(probe, models, ds, coords)
-    stored = None if path is None else store.read_layout(store.recovered(path))
+    stored = None if path is None else _stored_at(path)
 
     cells = grid.cells(coords, hyper)
 
@@ -442,13 +442,27 @@ def _opened(
             extended = _extended(store.open_store(files, stored), asked, cells)
         store.replace(extended, files.local)
     with store.lease(files, 0, jax.process_count()):
+        store.remove_left_over(files)
         if stored is not None:
-            store.remove_replaced(files)
             yield store.open_store(files, asked)
-        elif {*files.list()} <= {f"{store.LEASE}/0-of-{jax.process_count()}"}:
+        elif _stored_at(path) is None:
             yield store.create(files, asked)
         else:
-            raise ValueError(f"{path} is not empty, and holds no results of a sweep: choose another place")
+            raise store.Busy(
+                f"{path}: another run has been there meanwhile; the same call again goes on from it"
+            )
+
+
+def _stored_at(path: store.StoreLike) -> store.Layout | None:
+    """What the results that stand there are; None: nothing stands there."""
+    files = store.recovered(path)
+    found = store.read_layout(files)
+    if found is not None or all(key.startswith(f"{store.LEASE}/") for key in files.list()):
+        return found
+    found = store.read_layout(files)  # another run may have begun
+    if found is None:
+        raise ValueError(f"{path} is not empty, and holds no results of a sweep: choose another place")
+    return found
 
 
 def _same_grid(one: store.Layout, other: store.Layout) -> bool:

@@ -426,9 +426,10 @@ def open_store(files: Files, layout: Layout) -> Store:
     stored = None
     with contextlib.suppress(Damaged):
         stored = read_layout(files)
+    begun = bool(files.list(LEDGER) + files.list(CHECKPOINT))  # or its process died while it made the frame
     for key, value in frame(layout).items():
         if files.get(key) != value:
-            if stored is not None and stored.attributes == layout.attributes:
+            if begun and stored is not None and stored.attributes == layout.attributes:
                 log.warning("%s: %s was damaged or missing, and is written again", files.name, key)
             files.put(key, value)
     found = Store(files, layout)
@@ -607,10 +608,17 @@ def recovered(path: StoreLike) -> Files:
     return files
 
 
-def remove_replaced(files: Files) -> None:
-    """Removes what a `replace` that was cut off after its work had left."""
-    if files.local is not None:
-        shutil.rmtree(_replaced(files.local), ignore_errors=True)
+def remove_left_over(files: Files) -> None:
+    """Removes what processes that died have left in a folder, unless another one is writing there.
+
+    That is what a `replace` was cut off before, and parts of files, which are written under names of their own.
+    """
+    if files.local is None or len(writers(files)) > 1:
+        return
+    shutil.rmtree(_replaced(files.local), ignore_errors=True)
+    with files.alone(LEASE):
+        for path in files.local.rglob("*.partial"):
+            path.unlink(missing_ok=True)
 
 
 def _replaced(path: Path) -> Path:

@@ -63,7 +63,7 @@ WIDTHS = MappingProxyType(
         f"width_{width}": Implementation(
             f"width {width}", "jax", "devices", "jax_peers.bnjax_sweep", {"width": width}
         )
-        for width in (1, 2, 4, 8, 16, 32)
+        for width in (1, 2, 4, 8, 16)
     }
 )
 PARTS = MappingProxyType(

@@ -152,7 +152,11 @@ def growth(
                 tick()
     return xr.Dataset(
         {
-            "cell_seconds": (("grid", "grid_round"), found, {"units": "s", "workload": workload}),
+            "cell_seconds": (
+                ("grid", "grid_round"),
+                found,
+                {"units": "s", "workload": workload, "steps": steps},
+            ),
             "peak_memory": ("grid", peaks, {"units": "B", "workload": workload}),
         },
         {"grid": list(grids)},

@@ -36,14 +36,14 @@ class Workload(NamedTuple):
         return 2 * self.batch_size * (3 * sum(weights) - weights[0])
 
 
-# Cells and steps: one to two seconds a measurement of bnjax on two cores.
+# Cells and steps: two to four seconds a measurement of bnjax on two cores.
 ALL = MappingProxyType(
     {
-        "784-128x3-10": Workload((784, 128, 128, 128, 10), 128, "relu", 16, 100, 0.75),
-        "64-128x4-10": Workload((64, 128, 128, 128, 128, 10), 64, "relu", 16, 400, 0.75),
-        "64-32x3-10": Workload((64, 32, 32, 32, 10), 32, "relu", 64, 800, 0.60),
-        "784-512x3-10": Workload((784, 512, 512, 512, 10), 256, "relu", 4, 60, 0.75),
-        "784-100x3-10-sigmoid": Workload((784, 100, 100, 100, 10), 60, "sigmoid", 16, 250, 0.60),
+        "784-128x3-10": Workload((784, 128, 128, 128, 10), 128, "relu", 16, 200, 0.75),
+        "64-128x4-10": Workload((64, 128, 128, 128, 128, 10), 64, "relu", 16, 600, 0.75),
+        "64-32x3-10": Workload((64, 32, 32, 32, 10), 32, "relu", 64, 1600, 0.60),
+        "784-512x3-10": Workload((784, 512, 512, 512, 10), 256, "relu", 4, 80, 0.75),
+        "784-100x3-10-sigmoid": Workload((784, 100, 100, 100, 10), 60, "sigmoid", 16, 400, 0.60),
     }
 )
 SMALLEST = "64-32x3-10"
