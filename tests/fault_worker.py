@@ -14,6 +14,7 @@ import resource
 import signal
 import sys
 import time
+import uuid
 import warnings
 from pathlib import Path
 from types import MappingProxyType
@@ -62,7 +63,7 @@ def die_in(what, times):
 
 def leave_part(store, key, value):
     """What is left of a write into a folder that was cut off: it goes to another name first."""
-    path = (Path(store.root) / key).with_suffix(".cut-off.partial")
+    path = (Path(store.root) / key).with_suffix(f".{uuid.uuid4().hex}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(value.to_bytes()[: len(value) // 2])
 

@@ -267,6 +267,11 @@ class TestTables:
         assert found.rows[0] == ["10", "3e+05", "1.000 [0.833, 1.167]", "512"]
         assert found.rows[2] == ["1,000", "1.02e+05", "1.000 [1.000, 1.000]", "1024"]
 
+    def test_scaled(self):
+        """300 steps at 12 a second on 2 cores: 50 core-seconds a cell."""
+        (row,) = tables.scaled(made_up(), cores=2).rows
+        assert row == ["64-32x3-10", "50,000 ms", "13,900", "13,900,000", "579 days"]
+
     def test_processes_together(self):
         """Their speeds add up, each over its own time."""
         answers = [{"cell_steps": 10, "seconds": 2.0}, {"cell_steps": 9, "seconds": 3.0}]
@@ -301,7 +306,7 @@ class TestMain:
         assert text.endswith("<!-- benchmark: end -->\nafter\n")
         assert "old" not in text
         assert "| 64-32x3-10, batch 32 |" in text
-        assert text.count("**") == 6  # three tables
+        assert text.count("**") == 8  # four tables
         assert "jitted JAX step" in capsys.readouterr().out
 
     @pytest.mark.slow

@@ -278,7 +278,8 @@ def kill_at(monkeypatch, last, call, path):
         Disk(patch, last)
         with pytest.raises(Dead):
             call()
-    bury(path)
+    for folder in (path, path.with_name(f".{path.name}.replaced")):
+        bury(folder)
 
 
 def operations(monkeypatch, call):

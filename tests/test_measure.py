@@ -57,6 +57,19 @@ class TestMeasured:
         assert found.width == best
         assert found.measured == {width: round(speeds[width], 1) for width in sorted(tried)}
 
+    @pytest.mark.parametrize(
+        ("speeds", "start", "best"),
+        [
+            ({1: 100, 2: 95, 4: 130}, 1, 4),  # behind one that is a little slower
+            ({1: 130, 2: 86, 4: 100}, 4, 1),
+            ({1: 100, 2: 84, 4: 130}, 1, 1),  # not behind one that is much slower
+            ({2: 90, 4: 100, 8: 110, 16: 120}, 4, 16),
+        ],
+    )
+    def test_goes_on_until_it_is_much_slower(self, monkeypatch, blobs, by_size, speeds, start, best):
+        landscape(monkeypatch, speeds)
+        assert measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=start)).width == best
+
     def test_noise_does_not_widen(self, monkeypatch, blobs, by_size):
         landscape(monkeypatch, {width: 100.0 + width for width in (1, 2, 4)})
         assert measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=2)).width == 2
@@ -135,12 +148,6 @@ class TestChosen:
         assert measure.chosen(MODEL, blobs, CONFIG, by_size, 10**12, "size") == by_size
         monkeypatch.setattr(measure, "kept", lambda *a: other)
         assert measure.chosen(MODEL, blobs, CONFIG, by_size, 100, "auto") == other
-
-    @pytest.mark.parametrize(("cells", "width"), [(1, 1), (2, 1), (3, 2), (10, 8), (128, 64), (10**6, 64)])
-    def test_no_wider_than_there_are_cells(self, monkeypatch, blobs, by_size, cells, width):
-        monkeypatch.setattr(measure, "kept", lambda *a: by_size._replace(width=64))
-        assert len(by_size.devices) == 2
-        assert measure.chosen(MODEL, blobs, CONFIG, by_size, cells, "auto").width == width
 
     def test_a_place_that_is_taken_is_refused_before(self, monkeypatch, blobs, tmp_path):
         tried = landscape(monkeypatch, {2**k: 1.0 for k in range(6)})

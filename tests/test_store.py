@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+from pathlib import Path
 from types import MappingProxyType
 
 import jax
@@ -192,6 +193,48 @@ class TestExtension:
         (tmp_path / "r.zarr").rename(tmp_path / ".r.zarr.replaced")
         xr.testing.assert_identical(sweep(), first)
 
+    def test_that_was_cut_off_and_another_run_came_then(self, sweep, tmp_path):
+        """Who looks for a writer makes the folder anew."""
+        first = sweep()
+        (tmp_path / "r.zarr").rename(tmp_path / ".r.zarr.replaced")
+        with store.lease(store.Files(tmp_path / "r.zarr")), pytest.raises(store.Busy):
+            sweep()
+        xr.testing.assert_identical(sweep(), first)
+        assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
+
+    def test_that_fails_while_folders_are_swapped(self, sweep, tmp_path, monkeypatch):
+        first = sweep({"seed": (1, 2)})
+        whole = Path.rename
+
+        def refused(path, target):
+            if path.name == ".r.zarr.extended":
+                raise OSError("refused")
+            return whole(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", refused)
+            with pytest.raises(OSError, match="refused"):
+                sweep({"seed": (1, 2, 3)})
+        xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), first)
+        xr.testing.assert_equal(sweep({"seed": (1, 2, 3)}), sweep({"seed": (1, 2, 3)}, path=None))
+
+    @pytest.mark.parametrize("seeds", [(1, 2), (1, 2, 3)])
+    def test_by_another_run_meanwhile(self, sweep, tmp_path, monkeypatch, seeds):
+        """After the results were read, and before the lease was taken."""
+        sweep({"seed": (1, 2)})
+        whole = run._continued
+
+        def late(*args):
+            monkeypatch.setattr(run, "_continued", whole)
+            sweep({"seed": (0, 1, 2)})
+            return whole(*args)
+
+        monkeypatch.setattr(run, "_continued", late)
+        with pytest.raises(store.Busy, match="another run is writing there, or was a moment ago"):
+            sweep({"seed": seeds})
+        found = bnjax.load_results(tmp_path / "r.zarr")
+        xr.testing.assert_equal(found, sweep({"seed": (0, 1, 2)}, path=None))
+
 
 class TestChanges:
     @pytest.mark.parametrize(
@@ -283,6 +326,20 @@ class TestOneWriter:
             assert store.writers(files)[0]["confirmed"] > first
         assert threading.active_count() < 50
 
+    def test_is_not_confirmed_after_it_was_given_up(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(store, "CONFIRM_SECONDS", 0)
+        files = store.Files(tmp_path / "r.zarr")
+        for _ in range(50):
+            with store.lease(files) as rest:
+                time.sleep(0.002)
+                rest()
+                (before,) = store.writers(files)
+                time.sleep(0.002)
+                assert store.writers(files) == [before]
+            with store.lease(files):
+                time.sleep(0.002)
+            assert files.list(store.LEASE) == []
+
 
 class TestLayout:
     @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 5)])
@@ -298,9 +355,19 @@ class TestLayout:
             np.testing.assert_array_equal(numbers[chunk.region].ravel(), list(chunk.cells))
 
 
-def test_a_place_with_other_things_is_not_touched(sweep, tmp_path):
-    (tmp_path / "r.zarr").mkdir()
-    (tmp_path / "r.zarr" / "thesis.tex").write_text("mine")
+@pytest.mark.parametrize("name", ["thesis.tex", "thesis.partial"])
+def test_a_place_with_other_things_is_not_touched(sweep, tmp_path, name):
+    other = tmp_path / "r.zarr" / name
+    other.parent.mkdir()
+    other.write_text("mine")
     with pytest.raises(ValueError, match="is not empty, and holds no results of a sweep"):
         sweep()
-    assert (tmp_path / "r.zarr" / "thesis.tex").read_text() == "mine"
+    assert other.read_text() == "mine"
+
+
+def test_a_file_of_another_program_among_the_results_is_left(sweep, tmp_path):
+    sweep()
+    other = tmp_path / "r.zarr" / "thesis.partial"
+    other.write_text("mine")
+    sweep()
+    assert other.read_text() == "mine"

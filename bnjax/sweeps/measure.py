@@ -12,7 +12,6 @@ not decide.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable
@@ -31,8 +30,8 @@ from bnjax.types import Dataset, Hyperparams, Model
 HOW = ("auto", "measure", "size")  # ways to a plan
 LONG_SECONDS = 300.0  # a sweep that takes longer than that, by a guess, is measured
 SECONDS = 30.0  # after so many no further width is tried
-RUN_SECONDS = 0.1  # about, of one measurement
-ROUNDS = 7
+RUN_SECONDS = 0.3  # of one measurement, by a cautious guess: shorter ones would be of what any call costs
+ROUNDS = 5
 BETTER = 1.05
 HOPELESS = 0.85  # times the best: widths beyond it are not tried
 WIDEST = 4096
@@ -58,12 +57,7 @@ def chosen(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, cells: in
     guess = cells * config.steps * cell_step_seconds(model, ds, config, plan.devices[0]) / len(plan.devices)
     if found is None and (how == "measure" or guess > LONG_SECONDS):
         found = measured(model, ds, config, plan)
-    if found is None:
-        return plan
-    # No wider than there are cells: the places of others would be computed for nothing.
-    return found._replace(
-        width=min(found.width, 2 ** math.ceil(math.log2(max(1.0, cells / len(plan.devices)))))
-    )
+    return plan if found is None else found
 
 
 def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seconds: float = SECONDS) -> Plan:
@@ -92,7 +86,9 @@ def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seco
         runs[width] = _steps_at(model, on_devices, config, plan._replace(width=width), one)
         if runs[width] is None:
             return None
-        pairs = [(runs[best](), runs[width]()) for _ in range(ROUNDS)]
+        pairs = []
+        while len(pairs) < 3 or (len(pairs) < ROUNDS and time.monotonic() < stop):
+            pairs.append((runs[best](), runs[width]()))
         return float(np.median([other / known for known, other in pairs]))
 
     runs[plan.width] = _steps_at(model, on_devices, config, plan, one)
@@ -100,18 +96,17 @@ def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seco
         return plan
     relative = {plan.width: 1.0}
     best = plan.width
-    for factor in (2, 1 / 2):
-        width = int(plan.width * factor)
-        while 1 <= width <= WIDEST and (len(relative) == 1 or time.monotonic() < stop):
-            found = ratio(width, best)
-            if found is None:
-                break
-            relative[width] = found * relative[best]
-            if found >= (BETTER if width > best else 1):
-                best = width
-            elif found < HOPELESS:
-                break
-            width = int(width * factor)
+    todo = [(plan.width * factor, factor) for factor in (2, 1 / 2)]  # by turns wider and narrower
+    while todo and (len(relative) == 1 or time.monotonic() < stop):
+        width, factor = todo.pop(0)
+        found = ratio(int(width), best) if 1 <= width <= WIDEST else None
+        if found is None:
+            continue
+        relative[int(width)] = found * relative[best]
+        if found >= (BETTER if width > best else 1):
+            best = int(width)
+        if found >= HOPELESS:
+            todo.append((width * factor, factor))
     speed = float(np.median([runs[best]() for _ in range(ROUNDS)]))
     speeds = {width: round(speed * relative[width] / relative[best], 1) for width in sorted(relative)}
     per_step = best * len(plan.devices) / speed
@@ -125,7 +120,7 @@ def _steps_at(model, ds, config, plan, one) -> Callable[[], float] | None:
     """What takes some steps at the plan's width and returns the cell-steps per second; compiled. None: it cannot."""
     programs = program.programs_of(model, config, plan, None)
     guess = cell_step_seconds(model, ds, config, plan.devices[0])
-    steps = int(np.clip(RUN_SECONDS / (plan.width * guess), 16, 1000))
+    steps = int(np.clip(RUN_SECONDS / (plan.width * guess), 16, 4000))
     values = (np.uint32(0), *np.float32((1.0, 0.0, 0.9, 0.0)))  # nothing is learned, so that nothing diverges
     hyper = Hyperparams(*(np.full(plan.group, value) for value in values))
     state = [jax.tree.map(lambda a: np.broadcast_to(a, (plan.group, *a.shape)), one)]
@@ -171,6 +166,7 @@ def _place(model, ds, config, devices) -> Path:
     what: dict[str, Any] = {
         "machine": [len(devices), devices[0].device_kind, record.machine(), os.cpu_count()],
         "versions": record.versions(),
+        "model": dict(model.config),
         "network": _network_text(model, ds, config),
         "config": [config.batch_size, config.optimizer],
         "data": [[str(a.shape), str(a.dtype)] for a in ds[:2]],
@@ -180,7 +176,7 @@ def _place(model, ds, config, devices) -> Path:
 
 
 def _network_text(model, ds, config) -> str:
-    """What the network computes, as the compiler is given it: two networks of the same shapes may differ in it."""
+    """What the network computes, as the compiler is given it: networks without a `config` may differ in that alone."""
 
     def outputs(x):
         return model.apply(*model.init(jax.random.key(0), x.shape[1:], 1.0), x, train=True)

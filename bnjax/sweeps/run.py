@@ -118,7 +118,7 @@ def sweep(
     for one in models.values():
         check(one, ds, config)
     probes = _probes(probe, models, ds, coords)
-    stored = None if path is None else _stored_at(path)
+    stored = None if path is None else _stored_at(store.recovered(path))
 
     cells = grid.cells(coords, hyper)
 
@@ -438,31 +438,37 @@ def _opened(
         asked = _continued(path, stored, asked, cells, allow_changed)
     files = store.Files(path)
     if stored is not None and not _same_grid(stored, asked):
-        with store.lease(files, 0, jax.process_count()):
+        with store.lease(files, 0, jax.process_count()) as rest:
+            _check_unchanged(files, stored)
+            if len(store.writers(files)) > 1:
+                raise store.Busy(f"{path}: another process of a job that is not done is writing there")
             extended = _extended(store.open_store(files, stored), asked, cells)
-        store.replace(extended, files.local)
+            rest()  # nothing may be written while the folder is replaced
+            store.replace(extended, files.local)
+        stored = asked
     with store.lease(files, 0, jax.process_count()):
+        _check_unchanged(files, stored)
         store.remove_left_over(files)
-        if stored is not None:
-            yield store.open_store(files, asked)
-        elif _stored_at(path) is None:
-            yield store.create(files, asked)
-        else:
-            raise store.Busy(
-                f"{path}: another run has been there meanwhile; the same call again goes on from it"
-            )
+        yield store.create(files, asked) if stored is None else store.open_store(files, asked)
 
 
-def _stored_at(path: store.StoreLike) -> store.Layout | None:
+def _stored_at(files: store.Files) -> store.Layout | None:
     """What the results that stand there are; None: nothing stands there."""
-    files = store.recovered(path)
     found = store.read_layout(files)
-    if found is not None or all(key.startswith(f"{store.LEASE}/") for key in files.list()):
-        return found
-    found = store.read_layout(files)  # another run may have begun
-    if found is None:
-        raise ValueError(f"{path} is not empty, and holds no results of a sweep: choose another place")
+    if found is None and not files.empty():
+        found = store.read_layout(files)  # another run may have begun
+        if found is None:
+            raise ValueError(
+                f"{files.name} is not empty, and holds no results of a sweep: choose another place"
+            )
     return found
+
+
+def _check_unchanged(files: store.Files, stored: store.Layout | None) -> None:
+    """Raises Busy if what stands there is not what was read before the lease was taken."""
+    now, before = (one and one.as_attributes() for one in (_stored_at(files), stored))
+    if now != before:
+        raise store.Busy(f"{files.name}: another run is writing there, or was a moment ago")
 
 
 def _same_grid(one: store.Layout, other: store.Layout) -> bool:
@@ -521,7 +527,7 @@ def _extended(old: store.Store, asked: store.Layout, cells: Hyperparams) -> Path
     """A folder beside the store with the larger grid, in which the old one's cells are done."""
     if old.files.local is None:
         raise ValueError(f"{old.files.name}: only the grid of results in a local folder can be extended")
-    folder = old.files.local.with_name(f".{old.files.local.name}.extended")
+    folder = store.beside(old.files.local, "extended")
     shutil.rmtree(folder, ignore_errors=True)
     new = store.create(store.Files(folder), asked)
     places = {cell: i for i, cell in enumerate(_tuples(_stored_cells(old.layout)))}

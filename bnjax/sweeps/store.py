@@ -21,6 +21,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import socket
 import threading
@@ -28,7 +29,7 @@ import time
 import uuid
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ log = logging.getLogger("bnjax")
 
 COMPRESSORS = (zarr.codecs.ZstdCodec(), Crc32cCodec())
 RECORD, LEDGER, CHECKPOINT, LEASE = "bnjax/zarr.json", "bnjax/ledger", "bnjax/checkpoint", "bnjax/lease"
+PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")  # how zarr calls a file in a folder until it is whole
 LEASE_SECONDS = 120  # a lease of another host that was not confirmed for so long is dead
 CONFIRM_SECONDS = 20
 StoreLike = str | os.PathLike | zarr.abc.store.Store
@@ -259,6 +261,10 @@ class Files:
         """Also if there are none."""
         sync(self.store.delete(key))
 
+    def empty(self) -> bool:
+        """Whether nothing stands there, but for leases."""
+        return all(key.startswith(f"{LEASE}/") for key in self.list())
+
     def list(self, folder: str = "") -> list[str]:
         """The keys in it, without it, but for files that a process is writing, or left when it died."""
         if self._absent():
@@ -268,7 +274,7 @@ class Files:
         async def collect():
             return [key async for key in self.store.list_prefix(prefix)]
 
-        return sorted(key[len(prefix) :] for key in sync(collect()) if not key.endswith(".partial"))
+        return sorted(key[len(prefix) :] for key in sync(collect()) if not PARTIAL.search(key))
 
 
 # The store of a sweep
@@ -458,8 +464,10 @@ def read_layout(files: Files) -> Layout | None:
 
 
 @contextlib.contextmanager
-def lease(files: Files, index: int = 0, count: int = 1) -> Iterator[None]:
+def lease(files: Files, index: int = 0, count: int = 1) -> Iterator[Callable[[], None]]:
     """While it lasts, no other run writes the share `index` of `count` of the store's chunks, nor other such shares.
+
+    It is confirmed from time to time, by a file written there, until what it yields is called.
 
     A lease whose process is dead is taken over: on this host at once, from another one when it was not confirmed for
     `LEASE_SECONDS`.
@@ -503,18 +511,23 @@ def lease(files: Files, index: int = 0, count: int = 1) -> Iterator[None]:
         refuse()
         files.put_new(key, text())
     stop = threading.Event()
+
+    def confirm():
+        while not stop.wait(CONFIRM_SECONDS):
+            with contextlib.suppress(OSError):  # tried again; without success others may take it for dead
+                files.put(key, text())
+
+    def rest():
+        stop.set()
+        confirming.join()  # or it might write the lease after it was given up
+
+    confirming = threading.Thread(target=confirm, daemon=True)
+    confirming.start()
     try:
         refuse()
-
-        def confirm():
-            while not stop.wait(CONFIRM_SECONDS):
-                with contextlib.suppress(OSError):  # tried again; without success others may take it for dead
-                    files.put(key, text())
-
-        threading.Thread(target=confirm, daemon=True).start()
-        yield
+        yield rest
     finally:
-        stop.set()
+        rest()
         if _lease_of(files.get(key)).get("id") == mine["id"]:
             files.delete(key)
 
@@ -596,33 +609,51 @@ def replace(new: Path, path: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
         path.rename(replaced)
-    new.rename(path)
+    try:
+        new.rename(path)
+    except BaseException:  # all is as before
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def recovered(path: StoreLike) -> Files:
     """The files at `path`, after undoing a `replace` that was cut off half way."""
     files = Files(path)
-    if files.local is not None and not files.local.exists() and _replaced(files.local).exists():
-        _replaced(files.local).rename(files.local)
+    if files.local is None or not _replaced(files.local).exists():
+        return files
+    if files.local.exists():
+        if writers(files) or not files.empty():
+            return files
+        shutil.rmtree(files.local)  # somebody looked for a writer there meanwhile
+    _replaced(files.local).rename(files.local)
     return files
 
 
 def remove_left_over(files: Files) -> None:
-    """Removes what processes that died have left in a folder, unless another one is writing there.
+    """Removes what processes that died have left beside results in a folder, unless another process is writing there.
 
-    That is what a `replace` was cut off before, and parts of files, which are written under names of their own.
+    That is: an extension that was not finished, the results before one that was, and parts of single files.
     """
     if files.local is None or len(writers(files)) > 1:
         return
-    shutil.rmtree(_replaced(files.local), ignore_errors=True)
+    if read_layout(files) is not None:  # or what stands beside it is all that there is
+        for folder in (_replaced(files.local), beside(files.local, "extended")):
+            shutil.rmtree(folder, ignore_errors=True)
     with files.alone(LEASE):
         for path in files.local.rglob("*.partial"):
-            path.unlink(missing_ok=True)
+            if PARTIAL.search(path.name):
+                path.unlink(missing_ok=True)
+
+
+def beside(path: Path, word: str) -> Path:
+    """A hidden folder next to it."""
+    return path.with_name(f".{path.name}.{word}")
 
 
 def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
+    return beside(path, "replaced")
 
 
 def load(path: StoreLike) -> xr.Dataset:

@@ -23,14 +23,15 @@ def size(name: str, cells: int | None, steps: int | None) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def crews(names: Sequence[str]) -> Iterator[dict[str, list]]:
-    """{implementation: its processes}; those of a kind and a library share theirs, unless the settings differ."""
-    shared = {}
+    """{implementation: its processes}: each has its own, but for the parts of a sweep, and its widths, which share."""
+    found = {}
     with contextlib.ExitStack() as stack:
         for name in names:
-            one = processes.ALL[name]
-            if (one.kind, one.needs) not in shared:
-                shared[one.kind, one.needs] = stack.enter_context(processes.started(one.kind))
-        yield {name: shared[processes.ALL[name].kind, processes.ALL[name].needs] for name in names}
+            family = next((f[0] for f in ([*processes.PARTS], [*processes.WIDTHS]) if name in f), name)
+            if family not in found:
+                found[family] = stack.enter_context(processes.started(processes.ALL[name].kind))
+            found[name] = found[family]
+        yield found
 
 
 def speed(answers: Sequence[dict]) -> float:
@@ -65,8 +66,8 @@ def measure(
     """
     speeds = np.full((len(names), len(implementations), rounds), np.nan)
     known = {key: np.zeros((len(names), len(implementations)), int) for key in ("width", "steps")}
-    with crews(implementations) as found:
-        for i, workload in enumerate(names):
+    for i, workload in enumerate(names):
+        with crews(implementations) as found:  # fresh ones, as users have
             n, t = size(workload, cells, steps)
             for j, name in enumerate(implementations):
                 asked = {"workload": workload, "cells": n, "steps": t, "seconds": seconds}

@@ -10,6 +10,7 @@ import xarray as xr
 from experiments.workloads import processes, workloads
 
 PEER_AIM = 1.4  # times as fast as each peer
+SCALED_STEPS, SCALED_CORES = 300, 1000  # of the arithmetic for large grids
 
 
 class Figures(NamedTuple):
@@ -141,7 +142,7 @@ def widths(results: xr.Dataset) -> Figures | None:
     for workload in results.workload.values:
         speeds = results.speed.sel(workload=workload)
         middle = speeds.sel(implementation=names).median("round")
-        best = str(middle.implementation.values[int(middle.argmax())])
+        best = str(middle.implementation.values[int(middle.argmax("implementation"))])
         ratio = speeds.sel(implementation="bnjax") / speeds.sel(implementation=best)
         low, half, high = ratio.quantile([0.25, 0.5, 0.75], "round").values
         chosen = int(results.width.sel(workload=workload, implementation="bnjax"))
@@ -200,13 +201,25 @@ def line(results: xr.Dataset) -> tuple[float, float]:
     return float(fixed), float(per_cell)
 
 
-def all_figures(results: xr.Dataset, missing: list[str]) -> list[Figures]:
+def scaled(results: xr.Dataset, cores: int) -> Figures:
+    """Core-hours of large grids, by the speed measured: arithmetic, no measurement."""
+    speeds = results.speed.sel(implementation="bnjax").median("round")
+    rows = []
+    for workload in results.workload.values:
+        seconds = SCALED_STEPS * cores / float(speeds.sel(workload=workload))  # of a core, a cell
+        hours = [three_digits(n * seconds / 3600) for n in (1e6, 1e9)]
+        days = three_digits(1e9 * seconds / SCALED_CORES / 86400)
+        rows.append([str(workload), f"{three_digits(1e3 * seconds)} ms", *hours, f"{days} days"])
+    header = ["", "a cell", "a million", "a billion", f"a billion on {SCALED_CORES:,} such cores"]
+    return Figures(f"Core-hours of a grid, {SCALED_STEPS} steps a cell, by these speeds", header, rows)
+
+
+def all_figures(results: xr.Dataset, missing: list[str], cores: int) -> list[Figures]:
     """What was measured, as tables."""
     found = [speeds(results, missing)]
     found += [comparison(results)] if len(results.implementation) > 1 else []
-    return found + [
-        f for f in (profile(results), widths(results), first_result(results), growth(results)) if f
-    ]
+    further = (profile(results), widths(results), first_result(results), growth(results))
+    return [*found, *filter(None, further), scaled(results, cores)]
 
 
 def for_terminal(figures: Figures) -> rich.table.Table:
