@@ -78,7 +78,7 @@ def check(argv: list[str], folder: Path, page: Path | None) -> None:
     if not FLAGS.implementations:
         raise ValueError("--implementations is empty")
     for name in FLAGS.implementations:
-        choices.check("implementation", name, layers.ALL)
+        choices.check("implementation in --implementations", name, layers.ALL)
     common.check_writable(folder)
     if page and not (page.is_file() and BEGIN in page.read_text() and END in page.read_text()):
         raise ValueError(f"--docs={page} is not a page with the markers {BEGIN} and {END}")

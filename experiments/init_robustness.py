@@ -154,8 +154,8 @@ def prepare(argv: list[str], folder: Path) -> Job:
             "--batch_size=1 with BN: a batch of one has no variance, so BN's output is its bias whatever the "
             "input, and nothing can be learned. Use at least 2, or --norms=none"
         )
-    choices.check("dataset", FLAGS.dataset, bnjax.data.NAMES)
-    choices.check("plan", FLAGS.plan, measure.HOW)
+    choices.check("--dataset", FLAGS.dataset, bnjax.data.NAMES)
+    choices.check("--plan", FLAGS.plan, measure.HOW)
     data_args = {
         "name": FLAGS.dataset,
         "train_examples": FLAGS.train_examples,

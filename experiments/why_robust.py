@@ -124,7 +124,7 @@ def prepare(argv: list[str], folder: Path) -> Setup:
     if not FLAGS.controls:
         raise ValueError(f"--controls is empty; allowed: {', '.join(CONTROLS)}")
     for name in FLAGS.controls:
-        choices.check("control", name, CONTROLS)
+        choices.check("control in --controls", name, CONTROLS)
     if len({*FLAGS.controls}) < len(FLAGS.controls):
         raise ValueError(f"--controls names one twice: {','.join(FLAGS.controls)}")
     texts = {name: FLAGS[name].value for name in GRID}
@@ -177,7 +177,7 @@ def prepare(argv: list[str], folder: Path) -> Setup:
     config = bnjax.TrainConfig(
         steps=texts["steps"], batch_size=FLAGS.batch_size, eval_every=max(1, texts["steps"] // 10)
     )
-    choices.check("dataset", FLAGS.dataset, bnjax.data.NAMES)
+    choices.check("--dataset", FLAGS.dataset, bnjax.data.NAMES)
     common.check_writable(folder)
     ds = bnjax.data.load(
         FLAGS.dataset,

@@ -242,7 +242,7 @@ def test_what_is_not_installed_is_shown_as_such(main, monkeypatch, tmp_path, cap
     [
         (
             {"implementations": "flax_lines"},
-            r"unknown implementation 'flax_lines' \(did you mean 'flax_linen'\?\)",
+            r"unknown implementation in --implementations 'flax_lines' \(did you mean 'flax_linen'\?\)",
         ),
         ({"implementations": ""}, "--implementations is empty"),
         (

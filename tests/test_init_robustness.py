@@ -153,7 +153,7 @@ def test_learning_rates_and_initializers(main, capsys, tmp_path):
     [
         (
             {"dataset": "fashion"},
-            r"unknown dataset 'fashion'.*did you mean 'fashion_mnist'.*allowed: fashion_mnist_mini",
+            r"unknown --dataset 'fashion'.*did you mean 'fashion_mnist'.*allowed: fashion_mnist_mini",
         ),
         ({"norms": "batch,layer"}, "unknown norm 'layer'.*allowed: batch, none"),
         ({"norms": ""}, "--norms is empty"),

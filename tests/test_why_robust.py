@@ -86,10 +86,10 @@ class TestMain:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"controls": "dips"}, "unknown control 'dips'.*did you mean 'dip'"),
+            ({"controls": "dips"}, "unknown control in --controls 'dips'.*did you mean 'dip'"),
             ({"controls": ""}, "--controls is empty; allowed: frozen, "),
             ({"controls": "dip,dip"}, "--controls names one twice: dip,dip"),
-            ({"dataset": "fashion"}, "unknown dataset 'fashion'"),
+            ({"dataset": "fashion"}, "unknown --dataset 'fashion'"),
             ({"pool": 3}, "--pool must divide the images' 28 x 28 pixels, got 3"),
             ({"seeds": "0"}, "--seeds takes a count"),
             ({"init_scales": "1,10,100"}, "--init_scales needs at least 3 values, on both sides of 1"),

@@ -132,10 +132,10 @@ def _memory_needed(programs, ds, config, plan):
     cells = Hyperparams(
         *(np.zeros(plan.group, np.uint32 if name == "seed" else np.float32) for name in Hyperparams._fields)
     )
-    todo = pieces(config, plan.segment)
-    if todo == pieces(config):
+    if at_once(config, plan):
         lowered = programs.train.lower(cells, ds)
     else:
+        todo = pieces(config, plan.segment)
         state = jax.eval_shape(programs.start, cells, ds)[0]
         state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=programs.split), state)
         _, steps, evaluations = max(todo, key=lambda piece: piece[1:])
@@ -156,8 +156,11 @@ def run_group(
     *,
     halfway: Halfway | None = None,
     between: Callable[[Halfway], None] = lambda _: None,
-) -> Outcome:
+) -> Callable[[], Outcome]:
     """Trains at most `plan.group` cells.
+
+    A run that one call of the compiled program holds is only begun here: the caller may begin the next one before it
+    asks for the outcome, so that a device that is done first need not wait for the others.
 
     Args:
       programs: from `programs_of`.
@@ -169,14 +172,14 @@ def run_group(
       between: called between two pieces, with arrays on the devices that are only valid until it returns.
 
     Returns:
-      numpy arrays [cells, ...].
+      A function that waits for the outcome, numpy arrays [cells, ...].
     """
     count = len(cells.seed)
     pad = functools.partial(_padded, size=plan.group)
     hyper = pad(cells)
     todo = pieces(config, plan.segment)
-    if todo == pieces(config):
-        return _cut(programs.train(hyper, ds), count)
+    if at_once(config, plan):
+        return functools.partial(_cut, programs.train(hyper, ds), count)
     if halfway is None:
         halfway = Halfway(0, *programs.start(hyper, ds), [])
     else:
@@ -195,7 +198,13 @@ def run_group(
         name: np.concatenate([np.asarray(values)[:, None], recorded.measured[name]], 1)
         for name, values in halfway.at_start.items()
     }
-    return _cut((history, measured), count)
+    outcome = _cut((history, measured), count)
+    return lambda: outcome
+
+
+def at_once(config: TrainConfig, plan: Plan) -> bool:
+    """Whether one call of the compiled program holds a whole run."""
+    return pieces(config, plan.segment) == pieces(config)
 
 
 def _padded(tree, size):

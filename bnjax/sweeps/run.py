@@ -5,6 +5,7 @@ where it stopped. Processes of one `jax.distributed` job each take a share of th
 """
 
 import bisect
+import collections
 import contextlib
 import functools
 import shutil
@@ -255,8 +256,18 @@ def train_chunk(
         for group in program.in_groups(rest, plan.group):
             yield group, None
 
+    def finish(group, outcome):
+        history, measured = outcome()
+        for name, value in (history._asdict() | measured).items():
+            values[name][group] = value
+        done[group] = True
+        tick(len(group), int(history.diverged.sum()))
+        keep()
+
+    ahead = int(program.at_once(config, plan))  # groups that are begun before one is waited for
+    begun = collections.deque()
     for group, state in groups():
-        history, measured = program.run_group(
+        outcome = program.run_group(
             programs,
             ds,
             config,
@@ -265,11 +276,11 @@ def train_chunk(
             halfway=state,
             between=functools.partial(keep, group),
         )
-        for name, value in (history._asdict() | measured).items():
-            values[name][group] = value
-        done[group] = True
-        tick(len(group), int(history.diverged.sum()))
-        keep()
+        begun.append((group, outcome))
+        if len(begun) > ahead:
+            finish(*begun.popleft())
+    for group, outcome in begun:
+        finish(group, outcome)
     results.commit(chunk, values)
 
 
