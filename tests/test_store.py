@@ -191,6 +191,7 @@ class TestExtension:
     def test_that_was_cut_off_while_folders_were_swapped(self, sweep, tmp_path):
         first = sweep()
         (tmp_path / "r.zarr").rename(tmp_path / ".r.zarr.replaced")
+        xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), first)
         xr.testing.assert_identical(sweep(), first)
 
     def test_that_was_cut_off_and_another_run_came_then(self, sweep, tmp_path):
@@ -201,6 +202,23 @@ class TestExtension:
             sweep()
         xr.testing.assert_identical(sweep(), first)
         assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
+
+    def test_that_was_cut_off_and_another_run_went_meanwhile(self, sweep, tmp_path, monkeypatch):
+        """It was there when this one looked for results, and not when it looked for a writer."""
+        first = sweep()
+        (tmp_path / "r.zarr").rename(tmp_path / ".r.zarr.replaced")
+        with contextlib.ExitStack() as other:
+            other.enter_context(store.lease(store.Files(tmp_path / "r.zarr")))
+
+            def late(ds):
+                other.close()
+                return record.fingerprint(ds)
+
+            monkeypatch.setattr(run, "fingerprint", late)
+            with pytest.raises(store.Busy, match="or was a moment ago"):
+                sweep()
+        xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), first)
+        xr.testing.assert_identical(sweep(), first)
 
     def test_that_fails_while_folders_are_swapped(self, sweep, tmp_path, monkeypatch):
         first = sweep({"seed": (1, 2)})
@@ -325,6 +343,26 @@ class TestOneWriter:
                 time.sleep(0.05)
             assert store.writers(files)[0]["confirmed"] > first
         assert threading.active_count() < 50
+
+    def test_is_dead_if_it_was_given_up_and_could_not_be_deleted(self, sweep, tmp_path):
+        files = store.Files(tmp_path / "r.zarr")
+        key = f"{store.LEASE}/0-of-1"
+        with store.lease(files):
+            mine = files.get(key)
+        files.put(key, mine)
+        assert store.writers(files) == []
+        sweep()
+
+    def test_is_given_up_if_its_thread_cannot_start(self, sweep, tmp_path, monkeypatch):
+        def refused(self):
+            raise RuntimeError("can't start new thread")
+
+        files = store.Files(tmp_path / "r.zarr")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            with pytest.raises(RuntimeError, match="new thread"), store.lease(files):
+                pass
+        assert files.list(store.LEASE) == []
 
     def test_is_not_confirmed_after_it_was_given_up(self, tmp_path, monkeypatch):
         monkeypatch.setattr(store, "CONFIRM_SECONDS", 0)

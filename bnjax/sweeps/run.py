@@ -453,6 +453,7 @@ def _opened(
             _check_unchanged(files, stored)
             if len(store.writers(files)) > 1:
                 raise store.Busy(f"{path}: another process of a job that is not done is writing there")
+            store.remove_left_over(files)
             extended = _extended(store.open_store(files, stored), asked, cells)
             rest()  # nothing may be written while the folder is replaced
             store.replace(extended, files.local)
@@ -477,8 +478,8 @@ def _stored_at(files: store.Files) -> store.Layout | None:
 
 def _check_unchanged(files: store.Files, stored: store.Layout | None) -> None:
     """Raises Busy if what stands there is not what was read before the lease was taken."""
-    now, before = (one and one.as_attributes() for one in (_stored_at(files), stored))
-    if now != before:
+    now, before = (one and one.as_attributes()["checksum"] for one in (_stored_at(files), stored))
+    if now != before or store.cut_off(files):
         raise store.Busy(f"{files.name}: another run is writing there, or was a moment ago")
 
 

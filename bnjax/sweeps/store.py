@@ -53,6 +53,7 @@ RECORD, LEDGER, CHECKPOINT, LEASE = "bnjax/zarr.json", "bnjax/ledger", "bnjax/ch
 PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")  # how zarr calls a file in a folder until it is whole
 LEASE_SECONDS = 120  # a lease of another host that was not confirmed for so long is dead
 CONFIRM_SECONDS = 20
+held: set[str] = set()  # this process's own leases, by id: a file that it could not delete is none
 StoreLike = str | os.PathLike | zarr.abc.store.Store
 
 
@@ -250,12 +251,8 @@ class Files:
             return
         with self.named():
             (self.local / folder).mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.local / folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with _exclusive(self.local / folder):
             yield
-        finally:
-            os.close(lock)
 
     def delete(self, key: str) -> None:
         """Also if there are none."""
@@ -275,6 +272,20 @@ class Files:
             return [key async for key in self.store.list_prefix(prefix)]
 
         return sorted(key[len(prefix) :] for key in sync(collect()) if not PARTIAL.search(key))
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """One process at a time, where the system has such locks."""
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 # The store of a sweep
@@ -506,30 +517,35 @@ def lease(files: Files, index: int = 0, count: int = 1) -> Iterator[Callable[[],
                 f"{time.time() - one['confirmed']:.0f} s ago"
             )
 
-    # What is found dead here must not have been replaced by a living one when it is deleted.
-    with files.alone(LEASE):
-        refuse()
-        files.put_new(key, text())
     stop = threading.Event()
 
     def confirm():
         while not stop.wait(CONFIRM_SECONDS):
-            with contextlib.suppress(OSError):  # tried again; without success others may take it for dead
+            with contextlib.suppress(Exception):  # tried again; without success others may take it for dead
                 files.put(key, text())
 
     def rest():
         stop.set()
-        confirming.join()  # or it might write the lease after it was given up
+        if confirming.is_alive():
+            confirming.join()  # or it might write the lease after it was given up
 
     confirming = threading.Thread(target=confirm, daemon=True)
-    confirming.start()
+    held.add(mine["id"])
     try:
-        refuse()
-        yield rest
+        # What is found dead here must not have been replaced by a living one when it is deleted.
+        with files.alone(LEASE):
+            refuse()
+            files.put_new(key, text())
+        try:
+            refuse()
+            confirming.start()
+            yield rest
+        finally:
+            rest()
+            if _lease_of(files.get(key)).get("id") == mine["id"]:
+                files.delete(key)
     finally:
-        rest()
-        if _lease_of(files.get(key)).get("id") == mine["id"]:
-            files.delete(key)
+        held.discard(mine["id"])
 
 
 def writers(files: Files) -> list[dict[str, Any]]:
@@ -549,7 +565,8 @@ def _alive(one: Mapping[str, Any]) -> bool:
     if not one:
         return False
     if one["host"] == socket.gethostname():
-        return _born(one["pid"]) == one["born"]
+        ours = one["pid"] == os.getpid()
+        return _born(one["pid"]) == one["born"] and (one["id"] in held or not ours)
     return time.time() - one["confirmed"] < LEASE_SECONDS
 
 
@@ -607,28 +624,32 @@ def replace(new: Path, path: Path) -> None:
     """Puts the folder `new` in the place of `path`, which is removed."""
     replaced = _replaced(path)
     shutil.rmtree(replaced, ignore_errors=True)
-    if path.exists():
-        path.rename(replaced)
-    try:
-        new.rename(path)
-    except BaseException:  # all is as before
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
-        raise
+    with _exclusive(path.parent):
+        try:
+            if path.exists():
+                path.rename(replaced)
+            new.rename(path)
+        except BaseException:  # all is as before
+            if replaced.exists() and not path.exists():
+                replaced.rename(path)
+            raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def recovered(path: StoreLike) -> Files:
     """The files at `path`, after undoing a `replace` that was cut off half way."""
     files = Files(path)
-    if files.local is None or not _replaced(files.local).exists():
-        return files
-    if files.local.exists():
-        if writers(files) or not files.empty():
-            return files
-        shutil.rmtree(files.local)  # somebody looked for a writer there meanwhile
-    _replaced(files.local).rename(files.local)
+    if cut_off(files):
+        with _exclusive(files.local.parent):
+            if cut_off(files) and not writers(files):
+                shutil.rmtree(files.local, ignore_errors=True)  # somebody looked for a writer there meanwhile
+                _replaced(files.local).rename(files.local)
     return files
+
+
+def cut_off(files: Files) -> bool:
+    """Whether all that is left is what a `replace` had moved away, when its process died."""
+    return files.local is not None and _replaced(files.local).exists() and files.empty()
 
 
 def remove_left_over(files: Files) -> None:
@@ -671,6 +692,10 @@ def load(path: StoreLike) -> xr.Dataset:
       Damaged: (a ValueError) if what is there is not what was stored; it says what.
     """
     files = Files(path, write=False)
+    if cut_off(files):
+        with _exclusive(files.local.parent):  # while it is being replaced
+            if cut_off(files):
+                files = Files(_replaced(files.local), write=False)
     layout = read_layout(files)
     entries = {} if layout is None else {key: files.get(f"{LEDGER}/{key}") for key in files.list(LEDGER)}
     try:
