@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -233,6 +234,32 @@ class TestACellIsBitwiseItself:
         reference = self.run(blobs, model=MODEL)
         self.check(self.run(blobs, [4], [10.0], MODEL), reference)
         self.check(self.run(blobs, [6, 2], (100.0, 1.0), MODEL), reference)
+
+
+def many(path=None):
+    """70 cells, with normalization and without, of which some diverge; in groups of 4 a device, some not full."""
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(256, 12)).astype(np.float32), rng.integers(4, size=256).astype(np.int32)
+    models = {"batch": MODEL, "none": TestACellIsBitwiseItself.LINEAR}
+    axes = {"seed": range(7), "init_scale": TestACellIsBitwiseItself.SCALES}
+    hyper = bnjax.Hyperparams(learning_rate=0.02)
+    return sweep(bnjax.Dataset(x, y, x, y), axes, models, hyper=hyper, width=4, path=path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_a_cell_is_bitwise_itself_on_as_many_devices(tmp_path, count):
+    """In a process of its own, beside this one with two."""
+    command = (
+        f"import jax; jax.config.update('jax_num_cpu_devices', {count}); from tests import test_sweeps; "
+        f"test_sweeps.many({str(tmp_path / 'r.zarr')!r}); assert jax.local_device_count() == {count}"
+    )
+    subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parents[1], check=True)
+    found, expected = bnjax.load_results(tmp_path / "r.zarr"), many()
+    assert found.attrs["plan"]["batch"]["devices"] == count
+    assert len(jax.local_devices()) == 2
+    assert 0 < expected.diverged.mean() < 1
+    xr.testing.assert_equal(found, expected)
 
 
 @pytest.mark.slow
