@@ -90,8 +90,7 @@ def test_shares_are_the_whole(tmp_path, count):
 
 
 @pytest.mark.slow
-def test_the_first_measures_for_all(tmp_path):
-    """They wait for it meanwhile."""
+def test_the_first_one_s_measured_plan_is_that_of_all(tmp_path):
     finish(start(tmp_path / "r.zarr", 2, width=None, plan="measure"))
     found = bnjax.load_results(tmp_path / "r.zarr")
     (planned,) = found.attrs["plan"].values()

@@ -53,7 +53,8 @@ def chosen(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, cells: in
     """
     if how == "size":
         return plan
-    found = kept(model, ds, config, plan) if how == "auto" else None
+    # Several processes all measure, at the same time, so that none waits long for another; the first one's plan counts.
+    found = kept(model, ds, config, plan) if how == "auto" and jax.process_count() == 1 else None
     guess = cells * config.steps * cell_step_seconds(model, ds, config, plan.devices[0]) / len(plan.devices)
     if found is None and (how == "measure" or guess > LONG_SECONDS):
         found = measured(model, ds, config, plan)

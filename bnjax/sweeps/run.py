@@ -136,7 +136,7 @@ def sweep(
             else {n: p._replace(segment=min(segment, config.steps)) for n, p in plans.items()}
         )
 
-    plans = planned(stored, plan if jax.process_index() == 0 else "size")
+    plans = planned(stored, plan)
     variables, further = _variables(models, ds, config, probes)
     shape = tuple(len(values) for values in coords.values())
     about = dict(about or {})
