@@ -392,10 +392,8 @@ def compare_sweeps(names: list[str], grids: list[int], folder: Path, page: Path 
         share = share.assign_coords(implementation=np.array(titles, object))
         plots.shares(share, title=f"Training sweeps on {speed.machine()}").savefig(figure)
 
-    figures, verdicts = (
-        tables.all_figures(results, missing, len(processes.cores())),
-        [*tables.verdicts(results)],
-    )
+    figures = tables.all_figures(results, missing, len(processes.cores()))
+    verdicts = [*tables.verdicts(results)]
     versions = ", ".join(f"{name} {version}" for name, version in results.attrs["versions"].items())
     setting = f"{speed.machine()}; {versions}; {rounds} alternating rounds."
     for one in figures:

@@ -48,7 +48,8 @@ def chosen(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, cells: in
       config: what is the same for all cells.
       plan: by size.
       cells: how many there are to train.
-      how: "size": the plan by size; "measure": measured now; "auto": as was measured before, or measured now if the
+      how: "size": the plan by size; "measure": measured now; "auto": as was measured before
+        (one process alone), or measured now if the
         sweep will take more than about `LONG_SECONDS`, or else by size.
     """
     if how == "size":

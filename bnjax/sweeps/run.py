@@ -8,7 +8,6 @@ import bisect
 import collections
 import contextlib
 import functools
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -86,7 +85,8 @@ def sweep(
         there joins the data's fingerprint, and must agree when results are continued.
       plan: how the width and the segment are chosen, where there are no results at `path` that have theirs: "size": by
         the size of the network; "measure": by a measurement of some 30 seconds, which is kept in the user's cache
-        folder; "auto": as was measured before, or measured now if the sweep is a long one, or else by size.
+        folder; "auto": as was measured before (one process alone), or measured now if the sweep is a long one,
+        or else by size.
       width: cells vmapped together on one device; default: as planned.
       segment: most steps in one call of the compiled program; default: likewise.
       devices: default: all local devices.
@@ -540,7 +540,6 @@ def _extended(old: store.Store, asked: store.Layout, cells: Hyperparams) -> Path
     if old.files.local is None:
         raise ValueError(f"{old.files.name}: only the grid of results in a local folder can be extended")
     folder = store.beside(old.files.local, "extended")
-    shutil.rmtree(folder, ignore_errors=True)
     new = store.create(store.Files(folder), asked)
     places = {cell: i for i, cell in enumerate(_tuples(_stored_cells(old.layout)))}
     sources = np.array([places.get(cell, -1) for cell in _tuples(cells)])
