@@ -25,7 +25,7 @@ from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from bnjax.sweeps import record, store
+from bnjax.sweeps import leases, record, storage, store
 
 RESULTS = "results.zarr"
 MOST_VALUES = 1_000_000  # on one axis
@@ -161,7 +161,7 @@ def replacing(path: Path, overwrite: bool) -> Iterator[None]:
 def is_done(path: Path) -> bool:
     """Whether all chunks of the results at `path` are committed; False if there are none."""
     with contextlib.suppress(store.Damaged):
-        files = store.Files(path, write=False)
+        files = storage.Files(path, write=False)
         layout = store.read_layout(files)
         return layout is not None and len(files.list(store.LEDGER)) == len(layout.chunks())
     return False
@@ -173,7 +173,7 @@ def status_table(path: Path) -> Table:
     Raises:
       ValueError: if there are none.
     """
-    files = store.Files(path, write=False)
+    files = storage.Files(path, write=False)
     layout = store.read_layout(files)
     if layout is None:
         raise ValueError(f"{path} holds no results of a sweep")
@@ -189,8 +189,8 @@ def status_table(path: Path) -> Table:
     return found
 
 
-def _writers(files: store.Files) -> str:
-    writing = [f"process {one['pid']} on {one['host']}" for one in store.writers(files)]
+def _writers(files: storage.Files) -> str:
+    writing = [f"process {one['pid']} on {one['host']}" for one in leases.writers(files)]
     return f"being written by {', '.join(writing)}" if writing else "nobody is writing there"
 
 

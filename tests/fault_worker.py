@@ -24,7 +24,7 @@ import numpy as np
 from zarr.storage import LocalStore
 
 import bnjax
-from bnjax.sweeps import plan, store
+from bnjax.sweeps import leases, plan, storage, store
 
 CONFIG = bnjax.TrainConfig(steps=6, batch_size=16, eval_every=2)
 RATES = (0.1, 1e30)  # the second is not finite from the first step on
@@ -125,7 +125,7 @@ def take_and_drop_the_lease(path, seconds, seed):
     mine = Path(path) / f"holder-{os.getpid()}"
     while time.monotonic() < until:
         try:
-            with store.lease(store.Files(Path(path) / "r.zarr")):
+            with leases.lease(storage.Files(Path(path) / "r.zarr")):
                 mine.touch()
                 time.sleep(draw.uniform(0, 0.003))
                 if draw.random() < 0.1:
@@ -133,10 +133,10 @@ def take_and_drop_the_lease(path, seconds, seed):
                 holders = {int(p.name.partition("-")[2]) for p in mine.parent.glob("holder-*")} - {
                     os.getpid()
                 }
-                if living := [pid for pid in holders if store._born(pid)]:
+                if living := [pid for pid in holders if leases._born(pid)]:
                     raise RuntimeError(f"{living} have it, too")
                 mine.unlink()
-        except store.Busy:
+        except leases.Busy:
             time.sleep(draw.uniform(0, 0.002))
 
 

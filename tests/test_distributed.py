@@ -14,7 +14,7 @@ import pytest
 import xarray as xr
 
 import bnjax
-from bnjax.sweeps import plan, store
+from bnjax.sweeps import leases, plan, storage
 
 ROOT = Path(__file__).parents[1]
 WORKER = """
@@ -86,7 +86,7 @@ def test_shares_are_the_whole(tmp_path, count):
     finish(start(tmp_path / "r.zarr", count))
     found = bnjax.load_results(tmp_path / "r.zarr")
     xr.testing.assert_equal(found, sweep(None))
-    assert store.writers(store.Files(tmp_path / "r.zarr")) == []
+    assert leases.writers(storage.Files(tmp_path / "r.zarr")) == []
 
 
 @pytest.mark.slow

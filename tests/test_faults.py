@@ -27,7 +27,7 @@ from fault_worker import sweep
 from zarr.storage import LocalStore
 
 import bnjax
-from bnjax.sweeps import plan, store
+from bnjax.sweeps import leases, storage, store
 
 ROOT = Path(__file__).parents[1]
 MANY = 12  # seeds, each a chunk, for what has to be hit on its way
@@ -252,7 +252,7 @@ class Disk:
 
         monkeypatch.setattr(LocalStore, "delete", counted_delete)
         monkeypatch.setattr(Path, "rename", counted_rename)
-        monkeypatch.setattr(store.shutil, "rmtree", counted_rmtree)
+        monkeypatch.setattr(shutil, "rmtree", counted_rmtree)
 
     def step(self, leave=lambda: None):
         self.count += 1
@@ -267,7 +267,7 @@ class Disk:
 
 def bury(path):
     """Has the lease's owner be dead: its number is that of a later process."""
-    for lease in (path / store.LEASE).glob("*"):
+    for lease in (path / leases.LEASE).glob("*"):
         with contextlib.suppress(ValueError):
             lease.write_text(json.dumps(json.loads(lease.read_bytes()) | {"born": "1"}))
 
@@ -430,7 +430,7 @@ class TestDamage:
     @pytest.mark.slow
     @pytest.mark.parametrize("damage", DAMAGES)
     def test_of_every_file(self, damaged, undisturbed, tmp_path, caplog, damage):
-        keys = [key for key in sorted(contents(damaged)) if not key.startswith(store.LEASE)]
+        keys = [key for key in sorted(contents(damaged)) if not key.startswith(leases.LEASE)]
         assert {fault_worker.kind(key) for key in keys} == {"value", "frame", "ledger", "checkpoint"}
         failed = {}
         for key in keys:
@@ -603,7 +603,7 @@ class TestTwoWriters:
         server.start(path, pause=str(go_on))
         wait_for(lambda: any((path / store.CHECKPOINT).glob("*")))
         words = f"r.zarr: process {server.pid} on {socket.gethostname()} is writing there"
-        with pytest.raises(store.Busy, match=words):
+        with pytest.raises(leases.Busy, match=words):
             sweep(path)
         go_on.touch()
         assert server.wait() == 0
@@ -630,7 +630,7 @@ class TestTwoWriters:
         server.start(path, pause=str(tmp_path / "never"))
         wait_for(lambda: any((path / store.CHECKPOINT).glob("*")))
         assert server.kill() == -signal.SIGKILL
-        assert (path / store.LEASE / "0-of-1").exists()
+        assert (path / leases.LEASE / "0-of-1").exists()
         sweep(path)
         check_whole(path, undisturbed(4))
 
@@ -638,19 +638,19 @@ class TestTwoWriters:
         """It is believed for LEASE_SECONDS after it was last confirmed: from here nobody can see whether it lives."""
         path = tmp_path / "r.zarr"
         shutil.copytree(damaged, path)
-        lease = path / store.LEASE / "0-of-1"
-        with store.lease(store.Files(path)):
+        lease = path / leases.LEASE / "0-of-1"
+        with leases.lease(storage.Files(path)):
             theirs = json.loads(lease.read_bytes()) | {"host": "elsewhere", "id": "theirs"}
         before = contents(path)
-        fresh = time.time() - store.LEASE_SECONDS + 30
+        fresh = time.time() - leases.LEASE_SECONDS + 30
         lease.write_text(json.dumps(theirs | {"confirmed": fresh}))
         with pytest.raises(
-            store.Busy, match=r"r\.zarr: process \d+ on elsewhere is writing there, last confirmed 9\d s ago"
+            leases.Busy, match=r"r\.zarr: process \d+ on elsewhere is writing there, last confirmed 9\d s ago"
         ):
             sweep(path)
-        old = json.dumps(theirs | {"confirmed": time.time() - store.LEASE_SECONDS - 1})
+        old = json.dumps(theirs | {"confirmed": time.time() - leases.LEASE_SECONDS - 1})
         assert contents(path) == before | {
-            f"{store.LEASE}/0-of-1": json.dumps(theirs | {"confirmed": fresh}).encode()
+            f"{leases.LEASE}/0-of-1": json.dumps(theirs | {"confirmed": fresh}).encode()
         }
         lease.write_text(old)
         sweep(path)

@@ -15,7 +15,7 @@ import xarray as xr
 import zarr
 
 import bnjax
-from bnjax.sweeps import plan, program, record, run, store
+from bnjax.sweeps import leases, plan, program, record, run, storage, store
 from bnjax.training import pieces
 
 MODEL = bnjax.mlp((8, 8), 4)
@@ -198,7 +198,7 @@ class TestExtension:
         """Who looks for a writer makes the folder anew."""
         first = sweep()
         (tmp_path / "r.zarr").rename(tmp_path / ".r.zarr.replaced")
-        with store.lease(store.Files(tmp_path / "r.zarr")), pytest.raises(store.Busy):
+        with leases.lease(storage.Files(tmp_path / "r.zarr")), pytest.raises(leases.Busy):
             sweep()
         xr.testing.assert_identical(sweep(), first)
         assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
@@ -208,14 +208,14 @@ class TestExtension:
         first = sweep()
         (tmp_path / "r.zarr").rename(tmp_path / ".r.zarr.replaced")
         with contextlib.ExitStack() as other:
-            other.enter_context(store.lease(store.Files(tmp_path / "r.zarr")))
+            other.enter_context(leases.lease(storage.Files(tmp_path / "r.zarr")))
 
             def late(ds):
                 other.close()
                 return record.fingerprint(ds)
 
             monkeypatch.setattr(run, "fingerprint", late)
-            with pytest.raises(store.Busy, match="or was a moment ago"):
+            with pytest.raises(leases.Busy, match="or was a moment ago"):
                 sweep()
         xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), first)
         xr.testing.assert_identical(sweep(), first)
@@ -248,7 +248,7 @@ class TestExtension:
             return whole(*args)
 
         monkeypatch.setattr(run, "_continued", late)
-        with pytest.raises(store.Busy, match="another run is writing there, or was a moment ago"):
+        with pytest.raises(leases.Busy, match="another run is writing there, or was a moment ago"):
             sweep({"seed": seeds})
         found = bnjax.load_results(tmp_path / "r.zarr")
         xr.testing.assert_equal(found, sweep({"seed": (0, 1, 2)}, path=None))
@@ -297,19 +297,19 @@ class TestChanges:
 class TestOneWriter:
     def test_a_second_is_told_who_writes(self, sweep, tmp_path):
         with (
-            store.lease(store.Files(tmp_path / "r.zarr")),
-            pytest.raises(store.Busy, match=f"process {os.getpid()} on"),
+            leases.lease(storage.Files(tmp_path / "r.zarr")),
+            pytest.raises(leases.Busy, match=f"process {os.getpid()} on"),
         ):
             sweep()
         sweep()
 
     def test_of_another_share_may_write_beside(self, tmp_path):
-        files = store.Files(tmp_path / "r.zarr")
-        with store.lease(files, 0, 2), store.lease(files, 1, 2):
-            assert len(store.writers(files)) == 2
-            with pytest.raises(store.Busy):
-                store.lease(files, 0, 3).__enter__()
-        assert store.writers(files) == []
+        files = storage.Files(tmp_path / "r.zarr")
+        with leases.lease(files, 0, 2), leases.lease(files, 1, 2):
+            assert len(leases.writers(files)) == 2
+            with pytest.raises(leases.Busy):
+                leases.lease(files, 0, 3).__enter__()
+        assert leases.writers(files) == []
 
     @pytest.mark.parametrize(
         ("change", "alive"),
@@ -317,66 +317,66 @@ class TestOneWriter:
             ({"pid": 2**22 + 1}, False),  # above Linux's largest
             ({"born": "1"}, False),  # the number belongs to another process now
             ({"host": "elsewhere", "confirmed": time.time() + 3600}, True),
-            ({"host": "elsewhere", "confirmed": time.time() - store.LEASE_SECONDS - 1}, False),
+            ({"host": "elsewhere", "confirmed": time.time() - leases.LEASE_SECONDS - 1}, False),
         ],
     )
     def test_the_dead_do_not_hold_it(self, sweep, tmp_path, change, alive):
-        files = store.Files(tmp_path / "r.zarr")
-        key = f"{store.LEASE}/0-of-1"
-        with store.lease(files):
+        files = storage.Files(tmp_path / "r.zarr")
+        key = f"{leases.LEASE}/0-of-1"
+        with leases.lease(files):
             mine = json.loads(files.get(key))
         files.put(key, json.dumps(mine | {"id": "other"} | change).encode())
         if alive:
-            with pytest.raises(store.Busy, match="on elsewhere"):
+            with pytest.raises(leases.Busy, match="on elsewhere"):
                 sweep()
         else:
             sweep()
-            assert files.list(store.LEASE) == []
+            assert files.list(leases.LEASE) == []
 
     def test_is_confirmed_while_it_lasts(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(store, "CONFIRM_SECONDS", 0.05)
-        files = store.Files(tmp_path / "r.zarr")
-        with store.lease(files):
-            first = store.writers(files)[0]["confirmed"]
+        monkeypatch.setattr(leases, "CONFIRM_SECONDS", 0.05)
+        files = storage.Files(tmp_path / "r.zarr")
+        with leases.lease(files):
+            first = leases.writers(files)[0]["confirmed"]
             until = time.monotonic() + 10
-            while store.writers(files)[0]["confirmed"] == first and time.monotonic() < until:
+            while leases.writers(files)[0]["confirmed"] == first and time.monotonic() < until:
                 time.sleep(0.05)
-            assert store.writers(files)[0]["confirmed"] > first
+            assert leases.writers(files)[0]["confirmed"] > first
         assert threading.active_count() < 50
 
     def test_is_dead_if_it_was_given_up_and_could_not_be_deleted(self, sweep, tmp_path):
-        files = store.Files(tmp_path / "r.zarr")
-        key = f"{store.LEASE}/0-of-1"
-        with store.lease(files):
+        files = storage.Files(tmp_path / "r.zarr")
+        key = f"{leases.LEASE}/0-of-1"
+        with leases.lease(files):
             mine = files.get(key)
         files.put(key, mine)
-        assert store.writers(files) == []
+        assert leases.writers(files) == []
         sweep()
 
     def test_is_given_up_if_its_thread_cannot_start(self, sweep, tmp_path, monkeypatch):
         def refused(self):
             raise RuntimeError("can't start new thread")
 
-        files = store.Files(tmp_path / "r.zarr")
+        files = storage.Files(tmp_path / "r.zarr")
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refused)
-            with pytest.raises(RuntimeError, match="new thread"), store.lease(files):
+            with pytest.raises(RuntimeError, match="new thread"), leases.lease(files):
                 pass
-        assert files.list(store.LEASE) == []
+        assert files.list(leases.LEASE) == []
 
     def test_is_not_confirmed_after_it_was_given_up(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(store, "CONFIRM_SECONDS", 0)
-        files = store.Files(tmp_path / "r.zarr")
+        monkeypatch.setattr(leases, "CONFIRM_SECONDS", 0)
+        files = storage.Files(tmp_path / "r.zarr")
         for _ in range(50):
-            with store.lease(files) as rest:
+            with leases.lease(files) as rest:
                 time.sleep(0.002)
                 rest()
-                (before,) = store.writers(files)
+                (before,) = leases.writers(files)
                 time.sleep(0.002)
-                assert store.writers(files) == [before]
-            with store.lease(files):
+                assert leases.writers(files) == [before]
+            with leases.lease(files):
                 time.sleep(0.002)
-            assert files.list(store.LEASE) == []
+            assert files.list(leases.LEASE) == []
 
 
 class TestLayout:

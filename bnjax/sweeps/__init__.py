@@ -1,1 +1,1 @@
-"""MANY runs: grid (axes -> cells), plan (how to run them here), run, store, robustness (what they say)."""
+"""MANY runs: grid (axes -> cells), plan (how to run them here), run, store, leases, robustness (what they say)."""

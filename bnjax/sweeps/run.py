@@ -20,10 +20,12 @@ import xarray as xr
 from jax.experimental import multihost_utils
 
 from bnjax import choices
-from bnjax.sweeps import grid, measure, program, store
+from bnjax.sweeps import exchange, grid, measure, program, store
+from bnjax.sweeps.leases import Busy, lease, writers
 from bnjax.sweeps.plan import Plan, make_plan
 from bnjax.sweeps.progress import Progress
 from bnjax.sweeps.record import circumstances, describe, differences, fingerprint
+from bnjax.sweeps.storage import Files, StoreLike
 from bnjax.training import Recorded, TrainConfig, check, pieces
 from bnjax.types import Dataset, History, Hyperparams, Model, Probe, Snapshot
 
@@ -47,7 +49,7 @@ def sweep(
     *,
     hyper: Hyperparams = Hyperparams(),  # noqa: B008 (immutable)
     probe: Probe | Mapping[str, Probe] | None = None,
-    path: store.StoreLike | None = None,
+    path: StoreLike | None = None,
     allow_changed: Sequence[str] = (),
     checkpoint_minutes: float | int = 5.0,
     about: Mapping[str, Any] | None = None,
@@ -119,7 +121,7 @@ def sweep(
     for one in models.values():
         check(one, ds, config)
     probes = _probes(probe, models, ds, coords)
-    stored = None if path is None else _stored_at(store.recovered(path))
+    stored = None if path is None else _stored_at(exchange.recovered(path))
 
     cells = grid.cells(coords, hyper)
 
@@ -415,8 +417,8 @@ def _joined(path, results, problem, stack) -> store.Store:
         there[:] = [chunk.key in results.committed for chunk in results.layout.chunks()]
     there = multihost_utils.broadcast_one_to_all(there)
     if results is None:
-        files = store.Files(path)
-        stack.enter_context(store.lease(files, jax.process_index(), jax.process_count()))
+        files = Files(path)
+        stack.enter_context(lease(files, jax.process_index(), jax.process_count()))
         results = store.Store(files, store.read_layout(files))
         results.committed |= {
             chunk.key for chunk, yes in zip(results.layout.chunks(), there, strict=True) if yes
@@ -428,14 +430,14 @@ def _wait_for_others(results: store.Store) -> None:
     """Until all chunks are committed, or nobody is left who would."""
     chunks = len(results.layout.chunks())
     while jax.process_count() > 1 and len(results.files.list(store.LEDGER)) < chunks:
-        if len(store.writers(results.files)) < 2:
+        if len(writers(results.files)) < 2:
             break
         time.sleep(0.2)
 
 
 @contextlib.contextmanager
 def _opened(
-    path: store.StoreLike | None,
+    path: StoreLike | None,
     asked: store.Layout,
     stored: store.Layout | None,
     cells: Hyperparams,
@@ -443,31 +445,31 @@ def _opened(
 ) -> Iterator[store.Store]:
     """The store to write to, for this run alone: a new one, or that at `path`, extended if need be."""
     if path is None:
-        yield store.create(store.Files(None), asked)
+        yield store.create(Files(None), asked)
         return
     if stored is not None:
         asked = _continued(path, stored, asked, cells, allow_changed)
-    files = store.Files(path)
+    files = Files(path)
     if stored is not None and not _same_grid(stored, asked):
-        with store.lease(files, 0, jax.process_count()) as rest:
+        with lease(files, 0, jax.process_count()) as rest:
             _check_unchanged(files, stored)
-            if len(store.writers(files)) > 1:
-                raise store.Busy(f"{path}: another process of a job that is not done is writing there")
-            store.remove_left_over(files)
+            if len(writers(files)) > 1:
+                raise Busy(f"{path}: another process of a job that is not done is writing there")
+            exchange.remove_left_over(files, beside=True)
             extended = _extended(store.open_store(files, stored), asked, cells)
             rest()  # nothing may be written while the folder is replaced
-            store.replace(extended, files.local)
+            exchange.replace(extended, files.local)
         stored = asked
-    with store.lease(files, 0, jax.process_count()):
+    with lease(files, 0, jax.process_count()):
         _check_unchanged(files, stored)
-        store.remove_left_over(files)
+        exchange.remove_left_over(files, beside=stored is not None)
         yield store.create(files, asked) if stored is None else store.open_store(files, asked)
 
 
-def _stored_at(files: store.Files) -> store.Layout | None:
+def _stored_at(files: Files) -> store.Layout | None:
     """What the results that stand there are; None: nothing stands there."""
     found = store.read_layout(files)
-    if found is None and not files.empty():
+    if found is None and not exchange.empty(files):
         found = store.read_layout(files)  # another run may have begun
         if found is None:
             raise ValueError(
@@ -476,11 +478,11 @@ def _stored_at(files: store.Files) -> store.Layout | None:
     return found
 
 
-def _check_unchanged(files: store.Files, stored: store.Layout | None) -> None:
+def _check_unchanged(files: Files, stored: store.Layout | None) -> None:
     """Raises Busy if what stands there is not what was read before the lease was taken."""
     now, before = (one and one.as_attributes()["checksum"] for one in (_stored_at(files), stored))
-    if now != before or store.cut_off(files):
-        raise store.Busy(f"{files.name}: another run is writing there, or was a moment ago")
+    if now != before or exchange.cut_off(files):
+        raise Busy(f"{files.name}: another run is writing there, or was a moment ago")
 
 
 def _same_grid(one: store.Layout, other: store.Layout) -> bool:
@@ -539,8 +541,8 @@ def _extended(old: store.Store, asked: store.Layout, cells: Hyperparams) -> Path
     """A folder beside the store with the larger grid, in which the old one's cells are done."""
     if old.files.local is None:
         raise ValueError(f"{old.files.name}: only the grid of results in a local folder can be extended")
-    folder = store.beside(old.files.local, "extended")
-    new = store.create(store.Files(folder), asked)
+    folder = exchange.extended(old.files.local)
+    new = store.create(Files(folder), asked)
     places = {cell: i for i, cell in enumerate(_tuples(_stored_cells(old.layout)))}
     sources = np.array([places.get(cell, -1) for cell in _tuples(cells)])
     for i in range(len(asked.models)):

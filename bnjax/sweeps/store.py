@@ -20,16 +20,11 @@ import io
 import json
 import logging
 import math
-import os
-import re
 import shutil
-import socket
-import threading
-import time
 import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,32 +32,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 import zarr
-from zarr.buffer import default_buffer_prototype
 from zarr.codecs import Crc32cCodec
-from zarr.core.sync import sync
 
-try:
-    import fcntl
-except ImportError:  # Windows has none
-    fcntl = None
+from bnjax.sweeps.exchange import cut_off, replace, replaced
+from bnjax.sweeps.storage import Files, StoreLike, exclusive
 
 log = logging.getLogger("bnjax")
 
 COMPRESSORS = (zarr.codecs.ZstdCodec(), Crc32cCodec())
-RECORD, LEDGER, CHECKPOINT, LEASE = "bnjax/zarr.json", "bnjax/ledger", "bnjax/checkpoint", "bnjax/lease"
-PARTIAL = re.compile(r"\.[0-9a-f]{32}\.partial$")  # how zarr calls a file in a folder until it is whole
-LEASE_SECONDS = 120  # a lease of another host that was not confirmed for so long is dead
-CONFIRM_SECONDS = 20
-held: set[str] = set()  # this process's own leases, by id: a file that it could not delete is none
-StoreLike = str | os.PathLike | zarr.abc.store.Store
+RECORD, LEDGER, CHECKPOINT = "bnjax/zarr.json", "bnjax/ledger", "bnjax/checkpoint"
 
 
 class Damaged(ValueError):
     """Stored results that are not what was stored."""
-
-
-class Busy(RuntimeError):
-    """Another run is writing there."""
 
 
 class Variable(NamedTuple):
@@ -193,99 +175,6 @@ def tile_of(shape: Sequence[int], cells: int) -> tuple[int, ...]:
         found.append(max(1, min(n, room)))
         room = room // n if found[-1] == n else 0
     return tuple(reversed(found))
-
-
-# Files of a store, whatever it is kept in
-
-
-class Files:
-    """Bytes by key, in a folder, behind a URL, or in any store of zarr; None: in memory."""
-
-    def __init__(self, where: StoreLike | None, *, write: bool = True):
-        if where is None:
-            self.store = zarr.storage.MemoryStore()
-        elif isinstance(where, zarr.abc.store.Store):
-            self.store = where
-        elif "://" in str(where):
-            self.store = zarr.storage.FsspecStore.from_url(str(where), read_only=not write)
-        else:
-            self.store = zarr.storage.LocalStore(Path(where).expanduser(), read_only=not write)
-        self.local = Path(self.store.root) if isinstance(self.store, zarr.storage.LocalStore) else None
-        self.name = str(where)
-
-    def _absent(self) -> bool:
-        return self.local is not None and not self.local.exists()
-
-    def get(self, key: str) -> bytes | None:
-        """The bytes, or None if there are none."""
-        if self._absent():
-            return None
-        found = sync(self.store.get(key, default_buffer_prototype()))
-        return None if found is None else found.to_bytes()
-
-    def put(self, key: str, value: bytes) -> None:
-        """Replaces them; in a folder in one stroke."""
-        with self.named():
-            sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(value)))
-
-    def put_new(self, key: str, value: bytes) -> None:
-        """Only if there are none."""
-        with self.named():
-            sync(self.store.set_if_not_exists(key, default_buffer_prototype().buffer.from_bytes(value)))
-
-    @contextlib.contextmanager
-    def named(self) -> Iterator[None]:
-        """Errors of the system, such as of a full disk, say where."""
-        try:
-            yield
-        except OSError as error:
-            if error.filename is not None:
-                raise
-            raise OSError(error.errno, error.strerror or str(error), self.name) from error
-
-    @contextlib.contextmanager
-    def alone(self, folder: str) -> Iterator[None]:
-        """One process at a time, if it is a folder of a file system."""
-        if self.local is None or fcntl is None:
-            yield
-            return
-        with self.named():
-            (self.local / folder).mkdir(parents=True, exist_ok=True)
-        with _exclusive(self.local / folder):
-            yield
-
-    def delete(self, key: str) -> None:
-        """Also if there are none."""
-        sync(self.store.delete(key))
-
-    def empty(self) -> bool:
-        """Whether nothing stands there, but for leases."""
-        return all(key.startswith(f"{LEASE}/") for key in self.list())
-
-    def list(self, folder: str = "") -> list[str]:
-        """The keys in it, without it, but for files that a process is writing, or left when it died."""
-        if self._absent():
-            return []
-        prefix = f"{folder}/" if folder else ""
-
-        async def collect():
-            return [key async for key in self.store.list_prefix(prefix)]
-
-        return sorted(key[len(prefix) :] for key in sync(collect()) if not PARTIAL.search(key))
-
-
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """One process at a time, where the system has such locks."""
-    if fcntl is None:
-        yield
-        return
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
 
 
 # The store of a sweep
@@ -471,121 +360,6 @@ def read_layout(files: Files) -> Layout | None:
     raise Damaged(f"{files.name} is damaged: neither {RECORD} nor zarr.json can be read")
 
 
-# Who is writing
-
-
-@contextlib.contextmanager
-def lease(files: Files, index: int = 0, count: int = 1) -> Iterator[Callable[[], None]]:
-    """While it lasts, no other run writes the share `index` of `count` of the store's chunks, nor other such shares.
-
-    It is confirmed from time to time, by a file written there, until what it yields is called.
-
-    A lease whose process is dead is taken over: on this host at once, from another one when it was not confirmed for
-    `LEASE_SECONDS`.
-
-    Raises:
-      Busy: if another run is writing there; it says who.
-    """
-    key = f"{LEASE}/{index}-of-{count}"
-    mine = {
-        "id": uuid.uuid4().hex,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "born": _born(os.getpid()),
-    }
-
-    def text():
-        return json.dumps(mine | {"confirmed": time.time()}).encode()
-
-    def others():
-        """The leases of the living that would write the same chunks."""
-        for name in files.list(LEASE):
-            one = _lease_of(files.get(f"{LEASE}/{name}"))
-            if one.get("id") == mine["id"] or (
-                name != f"{index}-of-{count}" and name.endswith(f"-of-{count}")
-            ):
-                continue
-            if _alive(one):
-                yield one
-            else:
-                files.delete(f"{LEASE}/{name}")
-
-    def refuse():
-        for one in others():
-            raise Busy(
-                f"{files.name}: process {one['pid']} on {one['host']} is writing there, last confirmed "
-                f"{time.time() - one['confirmed']:.0f} s ago"
-            )
-
-    stop = threading.Event()
-
-    def confirm():
-        while not stop.wait(CONFIRM_SECONDS):
-            with contextlib.suppress(Exception):  # tried again; without success others may take it for dead
-                files.put(key, text())
-
-    def rest():
-        stop.set()
-        if confirming.is_alive():
-            confirming.join()  # or it might write the lease after it was given up
-
-    confirming = threading.Thread(target=confirm, daemon=True)
-    held.add(mine["id"])
-    try:
-        # What is found dead here must not have been replaced by a living one when it is deleted.
-        with files.alone(LEASE):
-            refuse()
-            files.put_new(key, text())
-        try:
-            refuse()
-            confirming.start()
-            yield rest
-        finally:
-            rest()
-            if _lease_of(files.get(key)).get("id") == mine["id"]:
-                files.delete(key)
-    finally:
-        held.discard(mine["id"])
-
-
-def writers(files: Files) -> list[dict[str, Any]]:
-    """The leases of those who are alive."""
-    return [one for name in files.list(LEASE) if _alive(one := _lease_of(files.get(f"{LEASE}/{name}")))]
-
-
-def _lease_of(text: bytes | None) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-        return found if {"id", "host", "pid", "born", "confirmed"} <= {*found} else {}
-    except (TypeError, ValueError):
-        return {}
-
-
-def _alive(one: Mapping[str, Any]) -> bool:
-    if not one:
-        return False
-    if one["host"] == socket.gethostname():
-        ours = one["pid"] == os.getpid()
-        return _born(one["pid"]) == one["born"] and (one["id"] in held or not ours)
-    return time.time() - one["confirmed"] < LEASE_SECONDS
-
-
-def _born(pid: int) -> str:
-    """When the process started, in its host's terms; empty if there is none."""
-    try:
-        state, *others = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state == "Z" else others[18]
-    except OSError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    except OSError:
-        pass
-    return "" if Path("/proc/self/stat").exists() else "running"
-
-
 # Whole data sets
 
 
@@ -620,63 +394,6 @@ def save(results: xr.Dataset, path: StoreLike, *, overwrite: bool = False) -> No
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace(new: Path, path: Path) -> None:
-    """Puts the folder `new` in the place of `path`, which is removed."""
-    replaced = _replaced(path)
-    shutil.rmtree(replaced, ignore_errors=True)
-    with _exclusive(path.parent):
-        try:
-            if path.exists():
-                path.rename(replaced)
-            new.rename(path)
-        except BaseException:  # all is as before
-            if replaced.exists() and not path.exists():
-                replaced.rename(path)
-            raise
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def recovered(path: StoreLike) -> Files:
-    """The files at `path`, after undoing a `replace` that was cut off half way."""
-    files = Files(path)
-    if cut_off(files):
-        with _exclusive(files.local.parent):
-            if cut_off(files) and not writers(files):
-                shutil.rmtree(files.local, ignore_errors=True)  # somebody looked for a writer there meanwhile
-                _replaced(files.local).rename(files.local)
-    return files
-
-
-def cut_off(files: Files) -> bool:
-    """Whether all that is left is what a `replace` had moved away, when its process died."""
-    return files.local is not None and _replaced(files.local).exists() and files.empty()
-
-
-def remove_left_over(files: Files) -> None:
-    """Removes what processes that died have left beside results in a folder, unless another process is writing there.
-
-    That is: an extension that was not finished, the results before one that was, and parts of single files.
-    """
-    if files.local is None or len(writers(files)) > 1:
-        return
-    if read_layout(files) is not None:  # or what stands beside it is all that there is
-        for folder in (_replaced(files.local), beside(files.local, "extended")):
-            shutil.rmtree(folder, ignore_errors=True)
-    with files.alone(LEASE):
-        for path in files.local.rglob("*.partial"):
-            if PARTIAL.search(path.name):
-                path.unlink(missing_ok=True)
-
-
-def beside(path: Path, word: str) -> Path:
-    """A hidden folder next to it."""
-    return path.with_name(f".{path.name}.{word}")
-
-
-def _replaced(path: Path) -> Path:
-    return beside(path, "replaced")
-
-
 def load(path: StoreLike) -> xr.Dataset:
     """Reads results into memory, and checks them: those of `save`, and those of a sweep, running or done.
 
@@ -693,9 +410,9 @@ def load(path: StoreLike) -> xr.Dataset:
     """
     files = Files(path, write=False)
     if cut_off(files):
-        with _exclusive(files.local.parent):  # while it is being replaced
+        with exclusive(files.local.parent):  # while it is being replaced
             if cut_off(files):
-                files = Files(_replaced(files.local), write=False)
+                files = Files(replaced(files.local), write=False)
     layout = read_layout(files)
     entries = {} if layout is None else {key: files.get(f"{LEDGER}/{key}") for key in files.list(LEDGER)}
     try:

@@ -33,10 +33,11 @@ class Implementation(NamedTuple):
     kind: str  # of process; see above
     function: str  # module.function of this package, that makes a run ready
     options: Mapping[str, Any] = {}
+    crew: str | None = None  # those of one crew share their processes; None: they are its own
 
 
 def _part(title, name):
-    return Implementation(title, "jax", "devices", "jax_peers.part", {"name": name})
+    return Implementation(title, "jax", "devices", "jax_peers.part", {"name": name}, "parts")
 
 
 PEERS = MappingProxyType(
@@ -61,7 +62,7 @@ OURS = MappingProxyType(
 WIDTHS = MappingProxyType(
     {
         f"width_{width}": Implementation(
-            f"width {width}", "jax", "devices", "jax_peers.bnjax_sweep", {"width": width}
+            f"width {width}", "jax", "devices", "jax_peers.bnjax_sweep", {"width": width}, "widths"
         )
         for width in (1, 2, 4, 8, 16)
     }

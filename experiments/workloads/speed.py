@@ -27,10 +27,10 @@ def crews(names: Sequence[str]) -> Iterator[dict[str, list]]:
     found = {}
     with contextlib.ExitStack() as stack:
         for name in names:
-            family = next((f[0] for f in ([*processes.PARTS], [*processes.WIDTHS]) if name in f), name)
-            if family not in found:
-                found[family] = stack.enter_context(processes.started(processes.ALL[name].kind))
-            found[name] = found[family]
+            crew = processes.ALL[name].crew or name
+            if crew not in found:
+                found[crew] = stack.enter_context(processes.started(processes.ALL[name].kind))
+            found[name] = found[crew]
         yield found
 
 

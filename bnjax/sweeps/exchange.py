@@ -1,0 +1,80 @@
+"""One folder of results in the place of another, at once; and what is left where a process died half way.
+
+    r.zarr               the results
+    .r.zarr.extended     the same with a larger grid, in the making
+    .r.zarr.replaced     the results before, until the new ones are in their place
+
+A reader finds either whole, whenever it looks.
+"""
+
+import shutil
+from pathlib import Path
+
+from bnjax.sweeps.leases import LEASE, writers
+from bnjax.sweeps.storage import PARTIAL, Files, StoreLike, exclusive
+
+
+def extended(path: Path) -> Path:
+    """Where an extension of the results at `path` is made."""
+    return path.with_name(f".{path.name}.extended")
+
+
+def replaced(path: Path) -> Path:
+    """Where the results at `path` are until others are in their place."""
+    return path.with_name(f".{path.name}.replaced")
+
+
+def replace(new: Path, path: Path) -> None:
+    """Puts the folder `new` in the place of `path`, which is removed; all is as before if that fails."""
+    old = replaced(path)
+    shutil.rmtree(old, ignore_errors=True)
+    with exclusive(path.parent):
+        try:
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def cut_off(files: Files) -> bool:
+    """Whether all that is left is what a `replace` had moved away, when its process died."""
+    return files.local is not None and replaced(files.local).exists() and empty(files)
+
+
+def recovered(path: StoreLike) -> Files:
+    """The files at `path`, after undoing a `replace` that was cut off half way."""
+    files = Files(path)
+    if cut_off(files):
+        with exclusive(files.local.parent):
+            if cut_off(files) and not writers(files):
+                shutil.rmtree(files.local, ignore_errors=True)  # somebody looked for a writer there meanwhile
+                replaced(files.local).rename(files.local)
+    return files
+
+
+def empty(files: Files) -> bool:
+    """Whether nothing stands there, but for leases."""
+    return all(key.startswith(f"{LEASE}/") for key in files.list())
+
+
+def remove_left_over(files: Files, *, beside: bool) -> None:
+    """Removes what processes that died have left, unless another process is writing there.
+
+    Args:
+      files: where, under a lease.
+      beside: not only parts of single files, but also what a `replace` left; only where results stand, or that is
+        all there is of them.
+    """
+    if files.local is None or len(writers(files)) > 1:
+        return
+    if beside:
+        for folder in (replaced(files.local), extended(files.local)):
+            shutil.rmtree(folder, ignore_errors=True)
+    with files.alone(LEASE):
+        for path in files.local.rglob("*.partial"):
+            if PARTIAL.search(path.name):
+                path.unlink(missing_ok=True)
