@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import MappingProxyType
 
 import jax
 import pytest
@@ -71,8 +72,25 @@ class TestMeasured:
         assert measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=start)).width == best
 
     def test_noise_does_not_widen(self, monkeypatch, blobs, by_size):
-        landscape(monkeypatch, {width: 100.0 + width for width in (1, 2, 4)})
+        landscape(monkeypatch, {1: 100.0, 2: 105.0, 4: 107.0})
         assert measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=2)).width == 2
+
+    def test_a_width_that_was_lucky_once_is_not_taken(self, monkeypatch, blobs, by_size):
+        """Whatever the rounds in which it is first compared say, the last ones decide."""
+        calls = []
+
+        def steps_at(model, ds, config, plan, one):
+            def run():
+                calls.append(plan.width)
+                lucky = plan.width == 8 and calls.count(8) <= measure.FIRST_ROUNDS
+                return 130.0 if lucky else {1: 100.0, 2: 90.0, 4: 91.0, 8: 80.0}[plan.width]
+
+            return run if plan.width <= 8 else None
+
+        monkeypatch.setattr(measure, "_steps_at", steps_at)
+        found = measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=1))
+        assert found.width == 1
+        assert found.measured == {1: 100.0, 2: 90.0, 4: 91.0, 8: 80.0}
 
     def test_a_width_without_memory_is_not_taken(self, monkeypatch, blobs, by_size):
         landscape(monkeypatch, {4: 1.0, 2: 0.5})
@@ -171,6 +189,31 @@ class TestChosen:
     def test_an_unknown_way(self, blobs):
         with pytest.raises(ValueError, match="unknown plan 'fast'"):
             bnjax.sweep(MODEL, blobs, CONFIG, AXES, plan="fast")
+
+
+class TestForCells:
+    SPEEDS = MappingProxyType({1: 50.0, 2: 60.0, 4: 80.0, 8: 100.0, 16: 90.0})
+
+    @pytest.mark.parametrize(
+        ("cells", "width"),
+        # On two devices 3 cells are 2 groups at width 1 (4 / 50 s), and one at width 2 (4 / 60 s).
+        [(1, 1), (2, 1), (3, 2), (5, 4), (8, 4), (9, 8), (16, 8), (17, 4), (32, 8), (10**6, 8)],
+    )
+    def test_groups_that_are_half_empty_cost_as_much(self, by_size, cells, width):
+        measured = by_size._replace(width=8, measured=self.SPEEDS)
+        fastest = min(
+            (w for w in self.SPEEDS if w <= 8), key=lambda w: -(-cells // (2 * w)) * 2 * w / self.SPEEDS[w]
+        )
+        assert measure.for_cells(measured, cells).width == width == fastest
+
+    def test_and_so_a_small_sweep_is_narrower(self, monkeypatch, blobs):
+        landscape(monkeypatch, {1: 50.0, 2: 60.0, 4: 80.0, 8: 100.0, 16: 90.0, 32: 50.0})
+        for cells, width in ((2, 4), (5, 4), (100, 8)):  # 2 and 1 are not tried behind 4
+            results = bnjax.sweep(
+                MODEL, blobs, CONFIG, {"seed": range(cells)}, plan="measure", progress=False
+            )
+            (stored,) = results.attrs["plan"].values()
+            assert stored["width"] == width
 
 
 class TestMemory:

@@ -1,20 +1,20 @@
 """The width measured, and memory counted: what a plan by size cannot know.
 
 A few steps of the real training program, on all devices at once, at the width chosen by size and at its doubles and
-halves, until they are much slower. Programs that are compared run by turns, so that they share whatever the machine
-is doing; what decides is the median of the ratios. The plan found is kept in the user's cache folder, for this kind of
+halves, until they are much slower; then all but those once more, by turns, so that they share whatever the machine is
+doing. What was found is kept in the user's cache folder, for this kind of
 machine, these versions and this configuration, and is what later sweeps of the same kind use.
 
-A wider program must be faster by a twentieth to be preferred: a narrower one takes less memory, and noise should
-not decide.
+A wider program must be clearly faster to be preferred: a narrower one takes less memory, and noise should not decide.
 """
 
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ from bnjax.types import Dataset, Hyperparams, Model
 
 HOW = ("auto", "measure", "size")  # ways to a plan
 LONG_SECONDS = 300.0  # a sweep that takes longer than that, by a guess, is measured
-SECONDS = 30.0  # after so many no further width is tried
+SECONDS = 20.0  # after so many no further width is tried
 RUN_SECONDS = 0.3  # of one measurement, by a cautious guess: shorter ones would be of what any call costs
-ROUNDS = 5
-BETTER = 1.05
+FIRST_ROUNDS, LAST_ROUNDS = 3, 7  # of measurements by turns
+BETTER = 1.03
 HOPELESS = 0.85  # times the best: widths beyond it are not tried
 WIDEST = 4096
 # Of the main memory that a Linux container may use, in bytes: control groups, version 2 and 1.
@@ -59,11 +59,33 @@ def chosen(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, cells: in
     guess = cells * config.steps * cell_step_seconds(model, ds, config, plan.devices[0]) / len(plan.devices)
     if found is None and (how == "measure" or guess > LONG_SECONDS):
         found = measured(model, ds, config, plan)
-    return plan if found is None else found
+    return plan if found is None else for_cells(found, cells)
+
+
+def for_cells(plan: Plan, cells: int) -> Plan:
+    """A measured plan at the narrower width, if any was measured, at which so many cells take less time.
+
+    A group of fewer cells takes as long as a full one.
+    """
+    if plan.measured is None:
+        return plan
+
+    def seconds(width):
+        group = plan._replace(width=width).group
+        return math.ceil(cells / group) * group / plan.measured[width]
+
+    widths = [width for width in plan.measured if width <= plan.width]
+    return plan._replace(width=_narrowest({width: 1 / seconds(width) for width in widths}))
+
+
+def _narrowest(speeds):
+    """The narrowest width than which no other is clearly faster; speeds by width."""
+    fastest = max(speeds.values())
+    return min(width for width, speed in speeds.items() if speed * BETTER >= fastest)
 
 
 def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seconds: float = SECONDS) -> Plan:
-    """The plan with the fastest width that was found, and a segment by its speed. It is kept; see `kept`.
+    """The plan with the narrowest of the fastest widths, and a segment by its speed. It is kept; see `kept`.
 
     Args:
       model: the network.
@@ -81,41 +103,42 @@ def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seco
     on_devices = jax.device_put(ds, replicated)
     start = jax.jit(make_run(model, config).start)
     one = jax.tree.map(np.asarray, start(Hyperparams(learning_rate=0.0), on_devices)[0])
-    runs: dict[int, Callable[[], float] | None] = {}
+    runs: dict[int, Callable[[], float]] = {}
 
-    def ratio(width, best):
-        """How many times as fast as the best, round by round; None: it cannot be run."""
-        runs[width] = _steps_at(model, on_devices, config, plan._replace(width=width), one)
-        if runs[width] is None:
-            return None
-        pairs = []
-        while len(pairs) < 3 or (len(pairs) < ROUNDS and time.monotonic() < stop):
-            pairs.append((runs[best](), runs[width]()))
-        return float(np.median([other / known for known, other in pairs]))
+    def can_run(width):
+        run = _steps_at(model, on_devices, config, plan._replace(width=width), one)
+        if run is not None:
+            runs[width] = run
+        return run is not None
 
-    runs[plan.width] = _steps_at(model, on_devices, config, plan, one)
-    if runs[plan.width] is None:
+    if not can_run(plan.width):
         return plan
     relative = {plan.width: 1.0}
-    best = plan.width
+    close = [plan.width]
     todo = [(plan.width * factor, factor) for factor in (2, 1 / 2)]  # by turns wider and narrower
     while todo and (len(relative) == 1 or time.monotonic() < stop):
         width, factor = todo.pop(0)
-        found = ratio(int(width), best) if 1 <= width <= WIDEST else None
-        if found is None:
+        if not 1 <= width <= WIDEST or not can_run(int(width)):
             continue
-        relative[int(width)] = found * relative[best]
-        if found >= (BETTER if width > best else 1):
-            best = int(width)
-        if found >= HOPELESS:
+        best = max(relative, key=relative.get)
+        known, other = _by_turns([runs[best], runs[int(width)]], FIRST_ROUNDS)
+        relative[int(width)] = relative[best] * other / known
+        if other >= HOPELESS * known:
+            close.append(int(width))
             todo.append((width * factor, factor))
-    speed = float(np.median([runs[best]() for _ in range(ROUNDS)]))
-    speeds = {width: round(speed * relative[width] / relative[best], 1) for width in sorted(relative)}
-    per_step = best * len(plan.devices) / speed
+    final = dict(zip(close, _by_turns([runs[width] for width in close], LAST_ROUNDS), strict=True))
+    best = _narrowest(final)
+    speeds = {w: round(final.get(w, final[plan.width] * relative[w]), 1) for w in sorted(relative)}
+    per_step = best * len(plan.devices) / final[best]
     segment = 2 ** max(0, int(np.log2(SEGMENT_SECONDS / per_step)))
     plan = Plan(best, plan.devices, min(segment, config.steps), speeds)
     _keep(_place(model, ds, config, plan.devices), plan, segment)
     return plan
+
+
+def _by_turns(runs: Sequence[Callable[[], float]], rounds: int) -> list[float]:
+    """The median speed of each."""
+    return [float(speed) for speed in np.median([[run() for run in runs] for _ in range(rounds)], 0)]
 
 
 def _steps_at(model, ds, config, plan, one) -> Callable[[], float] | None:
