@@ -27,7 +27,7 @@ from fault_worker import sweep
 from zarr.storage import LocalStore
 
 import bnjax
-from bnjax.sweeps import leases, storage, store
+from bnjax.sweeps import leases, plan, storage, store
 
 ROOT = Path(__file__).parents[1]
 MANY = 12  # seeds, each a chunk, for what has to be hit on its way

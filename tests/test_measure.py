@@ -56,7 +56,7 @@ class TestMeasured:
         tried = landscape(monkeypatch, speeds)
         found = measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=start))
         assert found.width == best
-        assert found.measured == {width: round(speeds[width], 1) for width in sorted(tried)}
+        assert found.measured == {width: float(f"{speeds[width]:.4g}") for width in sorted(tried)}
 
     @pytest.mark.parametrize(
         ("speeds", "start", "best"),
@@ -72,7 +72,7 @@ class TestMeasured:
         assert measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=start)).width == best
 
     def test_noise_does_not_widen(self, monkeypatch, blobs, by_size):
-        landscape(monkeypatch, {1: 100.0, 2: 105.0, 4: 107.0})
+        landscape(monkeypatch, {1: 100.0, 2: 105.0, 4: 106.5})
         assert measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=2)).width == 2
 
     def test_a_width_that_was_lucky_once_is_not_taken(self, monkeypatch, blobs, by_size):
@@ -123,6 +123,10 @@ class TestKept:
             '{"width": 0, "segment": 1, "measured": {}}',
             '{"width": 2}',
             '{"width": "a", "segment": 1, "measured": {}}',
+            '{"width": 2, "segment": 1, "measured": {}}',
+            '{"width": 2, "segment": 1, "measured": {"4": 5.0}}',
+            '{"width": 2, "segment": 1, "measured": {"2": 0.0}}',
+            '{"width": 2, "segment": 1, "measured": {"0": 1.0, "2": 1.0}}',
         ],
     )
     def test_what_cannot_be_read_is_none(self, monkeypatch, blobs, by_size, cache, text):
@@ -206,6 +210,12 @@ class TestForCells:
         )
         assert measure.for_cells(measured, cells).width == width == fastest
 
+    def test_many_cells_take_the_width_that_was_found(self, monkeypatch, blobs, by_size):
+        """A width is not given up twice for another within the margin."""
+        landscape(monkeypatch, {2: 60.0, 4: 99.0, 8: 100.0, 16: 101.5})
+        found = measure.measured(MODEL, blobs, CONFIG, by_size._replace(width=8))
+        assert found.width == measure.for_cells(found, 10**6).width == 8
+
     def test_and_so_a_small_sweep_is_narrower(self, monkeypatch, blobs):
         landscape(monkeypatch, {1: 50.0, 2: 60.0, 4: 80.0, 8: 100.0, 16: 90.0, 32: 50.0})
         for cells, width in ((2, 4), (5, 4), (100, 8)):  # 2 and 1 are not tried behind 4
@@ -214,6 +224,7 @@ class TestForCells:
             )
             (stored,) = results.attrs["plan"].values()
             assert stored["width"] == width
+            assert (f"suits {cells} cells best" in plan.in_words(stored)) == (width < 8)
 
 
 class TestMemory:

@@ -4,7 +4,7 @@
     .r.zarr.extended     the same with a larger grid, in the making
     .r.zarr.replaced     the results before, until the new ones are in their place
 
-A reader finds either whole, whenever it looks.
+`bnjax.load_results` finds either whole, whenever it looks.
 """
 
 import shutil
@@ -66,8 +66,8 @@ def remove_left_over(files: Files, *, beside: bool) -> None:
 
     Args:
       files: where, under a lease.
-      beside: not only parts of single files, but also what a `replace` left; only where results stand, or that is
-        all there is of them.
+      beside: not only parts of single files, but also an extension that was not finished, and the results before one
+        that was; only where results stand, or those are all there is of them.
     """
     if files.local is None or len(writers(files)) > 1:
         return

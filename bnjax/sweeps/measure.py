@@ -1,9 +1,9 @@
 """The width measured, and memory counted: what a plan by size cannot know.
 
 A few steps of the real training program, on all devices at once, at the width chosen by size and at its doubles and
-halves, until they are much slower; then all but those once more, by turns, so that they share whatever the machine is
-doing. What was found is kept in the user's cache folder, for this kind of
-machine, these versions and this configuration, and is what later sweeps of the same kind use.
+halves, until they are much slower; then all of them once more, by turns, so that they share whatever the machine is
+doing. The speeds are kept in the user's cache folder, for this kind of machine, these versions and this configuration,
+and later sweeps of the same kind choose by them the width that suits their number of cells.
 
 A wider program must be clearly faster to be preferred: a narrower one takes less memory, and noise should not decide.
 """
@@ -30,9 +30,10 @@ from bnjax.types import Dataset, Hyperparams, Model
 HOW = ("auto", "measure", "size")  # ways to a plan
 LONG_SECONDS = 300.0  # a sweep that takes longer than that, by a guess, is measured
 SECONDS = 20.0  # after so many no further width is tried
+METHOD = 2  # plans that were kept by another one are not used
 RUN_SECONDS = 0.3  # of one measurement, by a cautious guess: shorter ones would be of what any call costs
-FIRST_ROUNDS, LAST_ROUNDS = 3, 7  # of measurements by turns
-BETTER = 1.03
+FIRST_ROUNDS, LAST_ROUNDS = 3, 9  # of measurements by turns
+BETTER = 1.02
 HOPELESS = 0.85  # times the best: widths beyond it are not tried
 WIDEST = 4096
 # Of the main memory that a Linux container may use, in bytes: control groups, version 2 and 1.
@@ -48,9 +49,9 @@ def chosen(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, cells: in
       config: what is the same for all cells.
       plan: by size.
       cells: how many there are to train.
-      how: "size": the plan by size; "measure": measured now; "auto": as was measured before
-        (one process alone), or measured now if the
-        sweep will take more than about `LONG_SECONDS`, or else by size.
+      how: "size": the plan by size; "measure": measured now; "auto": as was measured before (one process alone), or
+        measured now if the sweep will take more than about `LONG_SECONDS`, or else by size. A measured width depends
+        on the number of cells, too; see `for_cells`.
     """
     if how == "size":
         return plan
@@ -63,7 +64,7 @@ def chosen(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, cells: in
 
 
 def for_cells(plan: Plan, cells: int) -> Plan:
-    """A measured plan at the narrower width, if any was measured, at which so many cells take less time.
+    """A measured plan at a narrower width, if at one that was measured so many cells take less time.
 
     A group of fewer cells takes as long as a full one.
     """
@@ -75,17 +76,16 @@ def for_cells(plan: Plan, cells: int) -> Plan:
         return math.ceil(cells / group) * group / plan.measured[width]
 
     widths = [width for width in plan.measured if width <= plan.width]
-    return plan._replace(width=_narrowest({width: 1 / seconds(width) for width in widths}))
-
-
-def _narrowest(speeds):
-    """The narrowest width than which no other is clearly faster; speeds by width."""
-    fastest = max(speeds.values())
-    return min(width for width, speed in speeds.items() if speed * BETTER >= fastest)
+    width = min(widths, key=lambda width: (seconds(width), width))
+    return (
+        plan
+        if width == plan.width
+        else plan._replace(width=width, narrowed=f"which suits {cells} cells best")
+    )
 
 
 def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seconds: float = SECONDS) -> Plan:
-    """The plan with the narrowest of the fastest widths, and a segment by its speed. It is kept; see `kept`.
+    """The plan with the narrowest of the fastest widths, for many cells, and a segment by its speed. It is kept.
 
     Args:
       model: the network.
@@ -111,34 +111,40 @@ def measured(model: Model, ds: Dataset, config: TrainConfig, plan: Plan, *, seco
             runs[width] = run
         return run is not None
 
-    if not can_run(plan.width):
+    best = plan.width
+    if not can_run(best):
         return plan
-    relative = {plan.width: 1.0}
-    close = [plan.width]
     todo = [(plan.width * factor, factor) for factor in (2, 1 / 2)]  # by turns wider and narrower
-    while todo and (len(relative) == 1 or time.monotonic() < stop):
+    while todo and (len(runs) == 1 or time.monotonic() < stop):
         width, factor = todo.pop(0)
         if not 1 <= width <= WIDEST or not can_run(int(width)):
             continue
-        best = max(relative, key=relative.get)
-        known, other = _by_turns([runs[best], runs[int(width)]], FIRST_ROUNDS)
-        relative[int(width)] = relative[best] * other / known
+        try:
+            known, other = _by_turns([runs[best], runs[int(width)]], FIRST_ROUNDS)
+        except jax.errors.JaxRuntimeError:  # out of memory, beside the others
+            del runs[int(width)]
+            continue
+        if other > known:
+            best = int(width)
         if other >= HOPELESS * known:
-            close.append(int(width))
             todo.append((width * factor, factor))
-    final = dict(zip(close, _by_turns([runs[width] for width in close], LAST_ROUNDS), strict=True))
-    best = _narrowest(final)
-    speeds = {w: round(final.get(w, final[plan.width] * relative[w]), 1) for w in sorted(relative)}
-    per_step = best * len(plan.devices) / final[best]
+    widths = sorted(runs)
+    found = _by_turns([runs[width] for width in widths], LAST_ROUNDS, time.monotonic() + seconds)
+    speeds = {width: float(f"{speed:.4g}") for width, speed in zip(widths, found, strict=True)}
+    best = min(width for width, speed in speeds.items() if speed * BETTER >= max(found))
+    per_step = best * len(plan.devices) / speeds[best]
     segment = 2 ** max(0, int(np.log2(SEGMENT_SECONDS / per_step)))
     plan = Plan(best, plan.devices, min(segment, config.steps), speeds)
     _keep(_place(model, ds, config, plan.devices), plan, segment)
     return plan
 
 
-def _by_turns(runs: Sequence[Callable[[], float]], rounds: int) -> list[float]:
-    """The median speed of each."""
-    return [float(speed) for speed in np.median([[run() for run in runs] for _ in range(rounds)], 0)]
+def _by_turns(runs: Sequence[Callable[[], float]], rounds: int, stop: float = math.inf) -> list[float]:
+    """The median speed of each; with fewer rounds where it takes longer than that."""
+    speeds = []
+    while len(speeds) < rounds and (len(speeds) < FIRST_ROUNDS or time.monotonic() < stop):
+        speeds.append([run() for run in runs])
+    return [float(speed) for speed in np.median(speeds, 0)]
 
 
 def _steps_at(model, ds, config, plan, one) -> Callable[[], float] | None:
@@ -172,7 +178,9 @@ def kept(model: Model, ds: Dataset, config: TrainConfig, plan: Plan) -> Plan | N
     # None, or not what was written.
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
         return None
-    return Plan(width, plan.devices, min(segment, config.steps), speeds) if min(width, segment) > 0 else None
+    if width not in speeds or min(segment, *speeds, *speeds.values()) <= 0:
+        return None
+    return Plan(width, plan.devices, min(segment, config.steps), speeds)
 
 
 def _keep(place, plan, segment):
@@ -189,6 +197,7 @@ def _keep(place, plan, segment):
 def _place(model, ds, config, devices) -> Path:
     """The file of a plan in the cache folder."""
     what: dict[str, Any] = {
+        "method": METHOD,
         "machine": [len(devices), devices[0].device_kind, record.machine(), os.cpu_count()],
         "versions": record.versions(),
         "model": dict(model.config),

@@ -2,7 +2,7 @@
 
 A cell's result may differ in its last bits between widths, and between segments of a run, so that both are stored with
 the results. By size, which is `make_plan`, they depend on the network, the configuration and the kind of device only;
-`bnjax.sweeps.measure` finds better ones by measuring.
+`bnjax.sweeps.measure` finds better ones by measuring, for the number of cells.
 """
 
 import functools

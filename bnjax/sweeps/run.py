@@ -87,8 +87,8 @@ def sweep(
         there joins the data's fingerprint, and must agree when results are continued.
       plan: how the width and the segment are chosen, where there are no results at `path` that have theirs: "size": by
         the size of the network; "measure": by a measurement of some 30 seconds, which is kept in the user's cache
-        folder; "auto": as was measured before (one process alone), or measured now if the sweep is a long one,
-        or else by size.
+        folder, and for few cells at a narrower width, if that is faster; "auto": as was measured before (one process
+        alone), or measured now if the sweep is a long one, or else by size.
       width: cells vmapped together on one device; default: as planned.
       segment: most steps in one call of the compiled program; default: likewise.
       devices: default: all local devices.

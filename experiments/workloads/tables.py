@@ -134,7 +134,10 @@ def profile(results: xr.Dataset) -> Figures | None:
 
 
 def widths(results: xr.Dataset) -> Figures | None:
-    """Speed at each width, and that of the width that was chosen over the fastest; None if they were not measured."""
+    """Speed at each width, and at the one that was chosen over the fastest; None if they were not measured.
+
+    All by the processes that run them all: two processes that do the same may differ by more than two widths.
+    """
     names = [name for name in processes.WIDTHS if name in results.implementation]
     if not names:
         return None
@@ -143,9 +146,10 @@ def widths(results: xr.Dataset) -> Figures | None:
         speeds = results.speed.sel(workload=workload)
         middle = speeds.sel(implementation=names).median("round")
         best = str(middle.implementation.values[int(middle.argmax("implementation"))])
-        ratio = speeds.sel(implementation="bnjax") / speeds.sel(implementation=best)
-        low, half, high = ratio.quantile([0.25, 0.5, 0.75], "round").values
         chosen = int(results.width.sel(workload=workload, implementation="bnjax"))
+        there = f"width_{chosen}" if f"width_{chosen}" in names else "bnjax"
+        ratio = speeds.sel(implementation=there) / speeds.sel(implementation=best)
+        low, half, high = ratio.quantile([0.25, 0.5, 0.75], "round").values
         found = [three_digits(float(value)) for value in middle]
         rows.append([str(workload), *found, f"{chosen}", f"{half:.2f} [{low:.2f}, {high:.2f}]"])
     header = ["", *map(title, names), "chosen", "chosen over the fastest"]
