@@ -279,11 +279,11 @@ def command(script: str, **changes: Any) -> str:
 
     Args:
       script: its name; it is the module that defines the flag --out.
-      changes: {flag: value}.
+      changes: {flag: value}; None: without it.
     """
     values = flags.FLAGS.get_flags_for_module(flags.FLAGS.find_module_defining_flag("out"))
     words = [flag.serialize() for flag in values if flag.present and flag.name not in changes]
-    words += [f"--{name}={value}" for name, value in changes.items()]
+    words += [f"--{name}={value}" for name, value in changes.items() if value is not None]
     return shlex.join(["python", "-m", f"experiments.{script}", *words])
 
 

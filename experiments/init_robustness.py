@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
         common.join_others()
         job = prepare(argv, path.parent)
         if common.is_done(path) and not FLAGS.overwrite:
-            print(f"All cells of {path} are done; they are checked, and what is whole is not trained again.")
+            print(f"{path} is there: its cells are checked, and what is whole is not trained again.")
         with common.replacing(path, FLAGS.overwrite and jax.process_index() == 0):
             results = bnjax.sweep(
                 *job[:4],
@@ -232,9 +232,8 @@ def report(results: xr.Dataset, path: Path) -> None:
     print(f"results:  {path}   (bnjax.load_results opens it)")
     for plan in dict.fromkeys(map(in_words, results.attrs["plan"].values())):
         print(f"plan:     {plan}")
-    print(
-        f"continue: {common.command(SCRIPT, seeds=more, out=path.parent.with_name(f'{path.parent.name}-{more}-seeds'))}"
-    )
+    larger = common.command(SCRIPT, seeds=more, out=path.parent, overwrite=None)
+    print(f"continue: {larger}   (only new cells are trained)")
 
 
 def table(accuracy: xr.DataArray, summaries: dict, results: xr.Dataset) -> Table:

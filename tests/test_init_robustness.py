@@ -105,12 +105,13 @@ def test_whole_run(main, tmp_path, capsys):
     assert results.attrs["command"].startswith("python -m experiments.init_robustness --")
     assert "--train_examples=300" in results.attrs["command"]
     assert "--seeds=8 " in out.splitlines()[-1]
+    assert "--overwrite" not in out.splitlines()[-1]
     assert "--seeds=2 " not in out.splitlines()[-1]
 
     # The same again trains nothing and shows the same table.
     main()
     again = capsys.readouterr().out
-    assert "All cells of" in again
+    assert "its cells are checked" in again
     assert [line for line in again.splitlines() if "│" in line] == [
         line for line in out.splitlines() if "│" in line
     ]

@@ -272,6 +272,25 @@ class TestChanges:
             sweep(**change)
         xr.testing.assert_identical(sweep(), first)
 
+    def test_of_a_network_that_its_config_does_not_tell(self, sweep):
+        """As of a Flax module of the same name with another body; the same function, defined again, is the same."""
+
+        def network(activation):
+            return bnjax.mlp((8, 8), 4, activation)._replace(config={"class": "Net"})
+
+        first = sweep({"seed": (1, 2)}, model=network("relu"))
+        for axes in ({"seed": (1, 2)}, {"seed": (1, 2, 3)}):
+            with pytest.raises(
+                ValueError, match=r"computes\.: \w+ there, \w+ asked for.*allow_changed=models"
+            ):
+                sweep(axes, model=network("sigmoid"))
+        xr.testing.assert_identical(sweep({"seed": (1, 2)}, model=network("relu")), first)
+
+    def test_a_file_in_the_place(self, sweep, tmp_path):
+        (tmp_path / "r.zarr").touch()
+        with pytest.raises(ValueError, match=r"r\.zarr is a file: choose a new folder"):
+            sweep()
+
     def test_of_data(self, sweep, blobs):
         first = sweep()
         with pytest.raises(ValueError, match=r"data.fingerprint: \w+ there, \w+ asked for"):

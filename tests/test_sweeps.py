@@ -41,6 +41,7 @@ class TestGrid:
         [
             ({"sed": [1]}, r"unknown axis 'sed' \(did you mean 'seed'\?\); allowed: seed, init_scale"),
             ({"seed": []}, "axis seed is empty"),
+            ({"seed": 2}, "axis seed takes a list of values, got 2"),
             ({"seed": [1, 2, 1]}, "axis seed has duplicate values: 1"),
             ({"init_scale": [0.1, 0.1 + 1e-12]}, "axis init_scale has duplicate values: 0.1"),
             ({"seed": [0.5]}, r"seed must be a whole number in \[0, 2\^31\), got 0.5"),

@@ -46,8 +46,14 @@ def cut_off(files: Files) -> bool:
 
 
 def recovered(path: StoreLike) -> Files:
-    """The files at `path`, after undoing a `replace` that was cut off half way."""
+    """The files at `path`, after undoing a `replace` that was cut off half way.
+
+    Raises:
+      ValueError: if it is a file.
+    """
     files = Files(path)
+    if files.local is not None and files.local.is_file():
+        raise ValueError(f"{path} is a file: choose a new folder, or one that holds results of a sweep")
     if cut_off(files):
         with exclusive(files.local.parent):
             if cut_off(files) and not writers(files):

@@ -48,6 +48,8 @@ def check(axes: Mapping[str, Iterable], hyper: Hyperparams) -> dict[str, np.ndar
     result = {}
     for name, values in axes.items():
         choices.check("axis", name, Hyperparams._fields)
+        if not isinstance(values, Iterable):
+            raise ValueError(f"axis {name} takes a list of values, got {values!r}")
         values = list(values)
         if not values:
             raise ValueError(f"axis {name} is empty")

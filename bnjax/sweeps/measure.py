@@ -201,22 +201,12 @@ def _place(model, ds, config, devices) -> Path:
         "machine": [len(devices), devices[0].device_kind, record.machine(), os.cpu_count()],
         "versions": record.versions(),
         "model": dict(model.config),
-        "network": _network_text(model, ds, config),
+        "network": record.computes(model, ds, config),
         "config": [config.batch_size, config.optimizer],
         "data": [[str(a.shape), str(a.dtype)] for a in ds[:2]],
     }
     key = hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=12).hexdigest()
     return platformdirs.user_cache_path("bnjax") / "plans" / f"{key}.json"
-
-
-def _network_text(model, ds, config) -> str:
-    """What the network computes, as the compiler is given it: networks without a `config` may differ in that alone."""
-
-    def outputs(x):
-        return model.apply(*model.init(jax.random.key(0), x.shape[1:], 1.0), x, train=True)
-
-    shape = (config.batch_size, *ds.train_x.shape[1:])
-    return jax.jit(outputs).lower(jax.ShapeDtypeStruct(shape, ds.train_x.dtype)).as_text()
 
 
 def check_memory(

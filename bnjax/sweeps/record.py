@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from bnjax.sweeps.plan import Plan
@@ -45,6 +46,24 @@ def describe(
         "axes": {name: values.tolist() for name, values in axes.items()},
     }
     return json.loads(json.dumps(description))
+
+
+def computes(model: Model, ds: Dataset, config: TrainConfig) -> str:
+    """A digest of what the network computes, as the compiler is given it: a `config` may not say all of it.
+
+    Only to be compared with the same versions, kind of device and batch size.
+    """
+    return _computes(model.init, model.apply, (config.batch_size, *ds.train_x.shape[1:]), ds.train_x.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _computes(init, apply, shape, dtype):
+    def outputs(x):
+        network, batch_stats = init(jax.random.key(0), x.shape[1:], 1.0)
+        return [apply(network, batch_stats, x, train=train) for train in (True, False)]
+
+    text = jax.jit(outputs).lower(jax.ShapeDtypeStruct(shape, dtype)).as_text()
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 def fingerprint(ds: Dataset) -> str:

@@ -24,7 +24,7 @@ from bnjax.sweeps import exchange, grid, measure, program, store
 from bnjax.sweeps.leases import Busy, lease, writers
 from bnjax.sweeps.plan import Plan, make_plan
 from bnjax.sweeps.progress import Progress
-from bnjax.sweeps.record import circumstances, describe, differences, fingerprint
+from bnjax.sweeps.record import circumstances, computes, describe, differences, fingerprint
 from bnjax.sweeps.storage import Files, StoreLike
 from bnjax.training import Recorded, TrainConfig, check, pieces
 from bnjax.types import Dataset, History, Hyperparams, Model, Probe, Snapshot
@@ -144,6 +144,7 @@ def sweep(
     about = dict(about or {})
     data = {"fingerprint": fingerprint(ds)} | about.pop("data", {})
     attributes = describe(models, config, hyper, coords) | {"data": data} | circumstances(plans) | about
+    attributes["computes"] = {name: computes(one, ds, config) for name, one in models.items()}
     layout = store.Layout(
         tuple(models),
         isinstance(model, Mapping),
@@ -496,6 +497,10 @@ def _continued(path, stored, asked, cells, allow_changed) -> store.Layout:
     old, new = stored.attributes, asked.attributes
     found = {name: differences(_compared(old, name), _compared(new, name), name) for name in CHANGES}
     changed = {name: lines for name, lines in found.items() if lines}
+    if (
+        not {*changed} - {"plan"} and old.get("computes") != new["computes"]
+    ):  # else it may be due to the change
+        changed["models"] = differences(old.get("computes"), new["computes"], "computes")
     frame = differences(_frame(stored), _frame(asked), "layout")
     lost = {*_tuples(_stored_cells(stored))} - {*_tuples(cells)}
     if lost:
