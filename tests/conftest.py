@@ -1,6 +1,7 @@
 """Shared by all tests: run-time checks of the annotated shapes, two CPU devices, small data."""
 
 import os
+import signal
 import tempfile
 
 import jax
@@ -9,6 +10,10 @@ import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 2)
+
+# A shell lets what it starts in the background ignore SIGINT; so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
