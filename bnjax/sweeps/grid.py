@@ -32,7 +32,7 @@ def check_value(name: str, value: Any) -> None:
     raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def check(axes: Mapping[str, Iterable], hyper: Hyperparams) -> dict[str, np.ndarray]:
+def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
     """The axes as arrays, after checking them and the values of what is not swept.
 
     Args:
