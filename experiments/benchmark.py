@@ -40,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bnjax import batch_norm, choices
+from bnjax.sweeps.progress import LINE_SECONDS
 from bnjax.types import BatchNormParams, BatchStats
 from bnjax.version import __version__
 from experiments import common
@@ -304,12 +305,8 @@ def check_layers() -> Callable[[Path], None]:
 def compare_layers(shapes: list[tuple[int, ...]], folder: Path) -> None:
     """Measures, stores and prints."""
     rounds, cells = FLAGS.rounds or LAYER_ROUNDS, FLAGS.cells or 1
-    with rich.progress.Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("measuring", total=len(shapes) * rounds)
-        parts = [
-            measure(shape, cells, rounds, FLAGS.milliseconds / 1e3, lambda: progress.advance(task))
-            for shape in shapes
-        ]
+    with progress_of(len(shapes) * rounds) as tick:
+        parts = [measure(shape, cells, rounds, FLAGS.milliseconds / 1e3, tick) for shape in shapes]
     labels = np.array(["x".join(map(str, shape)) for shape in shapes], object)
     results = xr.concat(parts, xr.DataArray(labels, dims="shape", name="shape"))
     device = jax.devices()[0]
@@ -417,16 +414,33 @@ def compare_sweeps(names: list[str], grids: list[int], folder: Path, page: Path 
 
 @contextlib.contextmanager
 def progress_of(total: int) -> Iterator[Callable[[], None]]:
-    """A function to call after each of `total` measurements; what is left is shown on standard error."""
+    """A function to call after each of `total` measurements; what is left is shown on standard error.
+
+    On a terminal that is a bar, elsewhere a line a minute.
+    """
     columns = (
         rich.progress.TextColumn("measuring"),
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeRemainingColumn(),
     )
-    with rich.progress.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda: progress.advance(task)
+    console = Console(stderr=True)
+    bar = rich.progress.Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task("", total=total)
+    start = last = time.monotonic()
+
+    def tick():
+        nonlocal last
+        bar.advance(task)
+        now, done = time.monotonic(), bar.tasks[0].completed
+        if not console.is_terminal and now - last > LINE_SECONDS:
+            last = now
+            left = (now - start) * (total - done) / done
+            text = f"{done:.0f}/{total} measurements, {now - start:.0f} s so far, {left:.0f} s left"
+            console.print(text, soft_wrap=True, highlight=False)
+
+    with bar:
+        yield tick
 
 
 if __name__ == "__main__":

@@ -373,3 +373,18 @@ class TestProcesses:
             assert len(crew) == len(processes.cores())
             answers = processes.ask(crew, "peak_memory")
         assert all(answer["bytes"] > 1e6 for answer in answers)
+
+
+def test_without_a_terminal_progress_is_lines_that_say_what_is_left(monkeypatch, capsys):
+    benchmark = scripts.load("benchmark")
+    monkeypatch.setattr(benchmark, "LINE_SECONDS", -1)
+    with benchmark.progress_of(3) as tick:
+        for _ in range(3):
+            tick()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [f"{k}/3 measurements" for k in (1, 2, 3)]
+    assert lines[-1].endswith(" 0 s left")
+    monkeypatch.setattr(benchmark, "LINE_SECONDS", 60)
+    with benchmark.progress_of(1) as tick:
+        tick()
+    assert not capsys.readouterr().err
