@@ -127,6 +127,28 @@ class TestResume:
         with pytest.raises(KeyError):
             whole["done"]
 
+    def test_that_begins_while_it_is_read(self, sweep, monkeypatch, tmp_path):
+        """The reader finds nothing; then the writer writes all but a ledger entry; then the reader goes on."""
+        path, first = tmp_path / "r.zarr", store.read_layout
+
+        def late(files):
+            found = first(files)
+            monkeypatch.setattr(store, "read_layout", first)
+            with monkeypatch.context() as patch:
+                patch.setattr(store, "digest", dies)
+                with pytest.raises(Died):
+                    sweep()
+            return found
+
+        def dies(values):
+            raise Died
+
+        monkeypatch.setattr(store, "read_layout", late)
+        found = bnjax.load_results(path)
+        assert not found.done.any()
+        assert (found.diverged_step == -1).all()
+        assert found.attrs == bnjax.load_results(path).attrs
+
     def test_a_user_may_read_it_with_xarray_alone(self, sweep, tmp_path):
         found = sweep()
         with xr.open_zarr(tmp_path / "r.zarr", consolidated=False) as opened:

@@ -421,15 +421,19 @@ def load(path: StoreLike) -> xr.Dataset:
         with warnings.catch_warnings():  # what a killed process left of a write is not part of it
             warnings.filterwarnings("ignore", r"Object at \S*\.partial is not recognized")
             found = xr.open_zarr(files.store, consolidated=False).load()
-        return found if layout is None else _checked(found, layout, entries)
-    except PermissionError:
+        if layout is None:
+            return found if read_layout(files) is None else load(path)  # a sweep began meanwhile
+        return _checked(found, layout, entries)
+    except (Damaged, PermissionError):
         raise
     # Whatever xarray, zarr, its codecs and the file system raise for a damaged file.
     except Exception as error:
         if layout is None and isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"no results at {path}") from None
-        if layout is not None and read_layout(files).as_attributes() != layout.as_attributes():
-            return load(path)  # they were extended meanwhile
+        if layout is not None:
+            now = read_layout(files)
+            if now is None or now.as_attributes() != layout.as_attributes():
+                return load(path)  # they were extended or removed meanwhile
         what = [] if layout is None else _damages(files, layout, entries)
         raise Damaged(f"{path} is damaged: {'; '.join(what[:5]) or _first_line(error)}") from error
 
