@@ -232,18 +232,22 @@ def signals(
     shown = show({})
     saturated = _saturated(show, offsets, saturation)
 
-    def describe(x):
-        dead = (x == x[:1]).all(0).mean()
-        return _mean(x), spread(x), dead, stable_rank(_centred(x))
-
     found = {}
     # One program for all of a shape: a deep network compiles in a fraction of the time.
     for names in _by_shape(shown):
-        described = jax.vmap(describe)(jnp.stack([shown[name] for name in names]))
+        described = _describe(jnp.stack([shown[name] for name in names]))
         for i, name in enumerate(names):
             mean, spread_, dead, rank = (values[i] for values in described)
             found[name] = Signal(mean, spread_, dead, saturated[name], rank)
     return {name: found[name] for name in offsets}
+
+
+@jax.jit
+@jax.vmap
+def _describe(x):
+    """What `Signal` says, but for `saturated`. Compiled whole: eagerly, each of its 50 operations would be."""
+    dead = (x == x[:1]).all(0).mean()
+    return _mean(x), spread(x), dead, stable_rank(_centred(x))
 
 
 def _by_shape(arrays):

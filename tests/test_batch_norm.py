@@ -109,6 +109,7 @@ def test_check_grads_to_second_order():
 
 
 @pytest.mark.usefixtures("x64")
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 def test_check_grads_of_the_whole_layer(masked):
     """To x, scale, bias and epsilon together, to second order."""
@@ -688,7 +689,7 @@ def test_low_precision_inputs(dtype, mean, std, train, param):
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=0.51 * eps, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float16, marks=pytest.mark.slow), jnp.bfloat16])
 def test_gradients_of_low_precision_inputs_count_in_float32(dtype):
     """70,000 is beyond float16, and no number of bfloat16: a count in the input's type would be wrong."""
     x = draw((70_000, 1)).astype(dtype)
@@ -834,9 +835,8 @@ def test_detached_statistics(x64, detach, masked):
         np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize(
-    "detach", [("mean", "var"), *(pytest.param(d, marks=pytest.mark.slow) for d in [("mean",), ("var",)])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("detach", [("mean", "var"), ("mean",), ("var",)])
 def test_second_derivatives_with_detached_statistics(x64, detach):
     """The rule is differentiated again: a detached statistic is a constant in every order."""
     rng = np.random.default_rng(0)

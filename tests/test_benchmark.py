@@ -98,9 +98,8 @@ class TestSameWork:
         np.testing.assert_allclose(results.train_loss.values.ravel(), losses, rtol=1e-5)
         assert_close(results.digest.sel(seed=0).values[-1], np.asarray(digest(params)))
 
-    @pytest.mark.parametrize(
-        "name", [workloads.SMALLEST, pytest.param("784-100x3-10-sigmoid", marks=pytest.mark.slow)]
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", [workloads.SMALLEST, "784-100x3-10-sigmoid"])
     def test_jax_peers(self, name):
         w, model, params, batch_stats, batches = problem(name)
         losses, new_params, new_stats = reference(model, params, batch_stats, batches)

@@ -163,6 +163,7 @@ def test_mini_is_about_5_mb_with_its_licence():
     assert "Copyright (c) 2017 Zalando SE" in EMBEDDED.with_name("FASHION_MNIST_LICENSE").read_text()
 
 
+@pytest.mark.slow
 def test_first_use_is_silent_and_never_imports_tensorflow(tmp_path):
     (tmp_path / "tensorflow").mkdir()
     stub = f"open({str(tmp_path / 'imported')!r}, 'w').close()\nraise ImportError('a stub')\n"

@@ -26,7 +26,8 @@ def main(tmp_path):
 
 
 class TestBenchmark:
-    @pytest.mark.parametrize("cells", [3, pytest.param(1, marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("cells", [3, 1])
     def test_main(self, main, capsys, cells):
         folder = main("benchmark", cells=cells, **TINY)
         results = bnjax.load_results(folder / "results.zarr")
@@ -74,6 +75,7 @@ class TestBenchmark:
 
 
 class TestJacobianCheck:
+    @pytest.mark.slow
     def test_main(self, main, capsys):
         folder = main("jacobian_check", samples=5, masked=1, operator_samples=100)
         printed = capsys.readouterr().out

@@ -188,8 +188,8 @@ class TestKilled:
     @pytest.mark.parametrize(
         ("what", "times", "done"),
         [
-            ("ledger", 2, 1),  # all its values are there
             ("value", 15, 1),  # the second chunk's, after those of the coordinates: some are there
+            pytest.param("ledger", 2, 1, marks=pytest.mark.slow),  # all its values are there
             pytest.param("checkpoint", 5, 1, marks=pytest.mark.slow),
             pytest.param("ledger", 1, 0, marks=pytest.mark.slow),
             pytest.param("frame", 4, 0, marks=pytest.mark.slow),
@@ -719,6 +719,7 @@ class TestNotANumber:
         assert (hopeless.diverged_step <= 1).all()
         assert not fine.diverged.any()
 
+    @pytest.mark.slow
     def test_from_the_start(self, tmp_path):
         """A network that is drawn as NaN is committed like any other, and not trained again."""
         model = fault_worker.MODELS["mlp"]

@@ -198,9 +198,8 @@ class TestAnswer:
 
 
 class TestMain:
-    @pytest.mark.parametrize(
-        ("norms", "depth"), [("batch", 1), pytest.param("batch,none", 2, marks=pytest.mark.slow)]
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("norms", "depth"), [("batch", 1), ("batch,none", 2)])
     def test_at_a_tiny_size(self, main, capsys, norms, depth):
         folder = main(**TINY | {"depths": depth}, activations="relu", norms=norms)
         results = bnjax.load_results(folder / "results.zarr")

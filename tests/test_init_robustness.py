@@ -201,6 +201,7 @@ def test_output_folder_with_other_files_is_not_touched(main, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_damaged_results_are_named_and_trained_again(main, tmp_path, caplog):
     main(**ONE_NETWORK)
     path = tmp_path / "out" / "results.zarr"
@@ -271,7 +272,10 @@ def test_output_folder_that_cannot_be_written(main, tmp_path):
 
 @pytest.mark.parametrize(
     ("flag", "words"),
-    [("--stepz=3", "Unknown command line flag 'stepz'. Did you mean: steps"), ("--depth=0", "depth")],
+    [
+        ("--stepz=3", "Unknown command line flag 'stepz'. Did you mean: steps"),
+        pytest.param("--depth=0", "depth", marks=pytest.mark.slow),
+    ],
 )
 def test_as_a_command(tmp_path, flag, words):
     """Through `python -m`: the exit status and where the message goes."""

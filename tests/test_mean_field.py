@@ -500,6 +500,7 @@ class TestExperiment:
 
         return call
 
+    @pytest.mark.slow
     def test_growth(self, main, capsys):
         """One point with a z, from 90 networks and more: it fails at |z| >= 4, 1e-4 by chance alone (Student)."""
         folder = main(parts="growth", activations="relu", batch_sizes="5,8", width=32, seeds=90)

@@ -41,6 +41,7 @@ def landscape(monkeypatch, speeds):
 
 
 class TestMeasured:
+    @pytest.mark.slow
     def test_on_the_real_program_and_kept(self, blobs, by_size, cache):
         found = measure.measured(MODEL, blobs, CONFIG, by_size, seconds=0.0)
         assert len(found.measured) == 2  # no time for more

@@ -148,9 +148,8 @@ class TestLayers:
         expected = shown["hidden_0/activation"].T @ gradients["hidden_1/preactivation"]
         np.testing.assert_allclose(weight_gradient["hidden_1"]["kernel"], expected, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize(
-        "position", ["before_activation", pytest.param("after_activation", marks=pytest.mark.slow)]
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("position", ["before_activation", "after_activation"])
     def test_every_offset_is_added_where_its_name_says(self, position):
         """Finite differences of the outputs along a random offset, in float64, against the derivative; and an
         offset shows in its own intermediate and in no earlier one."""

@@ -148,7 +148,8 @@ def snippets(text):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["batch_norm.md", "sweeps.md"])  # data.md's needs files of the user's
+# data.md's needs files of the user's.
+@pytest.mark.parametrize("page", ["batch_norm.md", pytest.param("sweeps.md", marks=pytest.mark.slow)])
 def test_snippets_of_the_docs(page, tmp_path, monkeypatch):
     """Their own assertions say what is to hold."""
     monkeypatch.chdir(tmp_path)

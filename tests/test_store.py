@@ -72,6 +72,7 @@ class TestPieces:
 
 
 class TestResume:
+    @pytest.mark.slow
     def test_is_the_same_in_memory_and_on_disk(self, sweep):
         xr.testing.assert_equal(sweep(), sweep(path=None))
 

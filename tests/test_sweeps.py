@@ -111,6 +111,7 @@ class TestSweep:
         assert results.test_loss.dims == ("step",)
         assert results.diverged.shape == ()
 
+    @pytest.mark.slow
     def test_several_models(self, blobs):
         models = {"batch": MODEL, "none": bnjax.mlp((8, 8), 4, norm="none")}
         both = sweep(blobs, {"seed": range(3)}, models)

@@ -129,7 +129,8 @@ def test_evaluations(blobs, eval_every, steps):
     assert all(curve.shape == (len(config.eval_steps),) for curve in history[:4])
 
 
-@pytest.mark.parametrize("eval_every", [3, pytest.param(None, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("eval_every", [3, None])
 def test_a_probe_sees_every_state_and_changes_nothing(blobs, eval_every):
     """The states of shorter runs; bitwise equality is not promised between two programs: 7 steps amplify 1e-7 less
     than 1e-4.
@@ -298,11 +299,17 @@ def expected_of_the_doomed(of, limit, config):
 @pytest.mark.parametrize(
     ("examples", "eval_every", "segment"),
     [
-        (500, None, None),
         (33, 37, None),  # an epoch of one block and a step
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in [(500, 1, 9), (500, None, 33), (7, 8, 20), (65, None, 20), (1, 3, None)]
+            for case in [
+                (500, None, None),
+                (500, 1, 9),
+                (500, None, 33),
+                (7, 8, 20),
+                (65, None, 20),
+                (1, 3, None),
+            ]
         ),
     ],
 )
