@@ -168,7 +168,8 @@ def test_evaluation_mode():
 
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
-    ("activation", "masked"), [(jnp.tanh, True), (jax.nn.relu, False), (jax.nn.sigmoid, True)]
+    ("activation", "masked"),
+    [(jnp.tanh, True), (jax.nn.relu, False), pytest.param(jax.nn.sigmoid, True, marks=pytest.mark.slow)],
 )
 def test_block(activation, masked):
     rng = np.random.default_rng(0)
