@@ -625,6 +625,7 @@ class TestTwoWriters:
                 assert "is writing there" in text
         check_whole(path, undisturbed(4))
 
+    @pytest.mark.slow
     def test_a_killed_writer_does_not_hold_it(self, server, undisturbed, tmp_path):
         path = tmp_path / "r.zarr"
         server.start(path, pause=str(tmp_path / "never"))

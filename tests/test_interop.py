@@ -612,7 +612,8 @@ def test_a_mask_in_initialization():
     close(y[:5], expected[:5])
 
 
-@pytest.mark.parametrize("shape", [(6, 5, 4), pytest.param((6, 4), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(6, 5, 4), (6, 4)])
 def test_linen_axis_name(shape):
     """[6, 5, 4]: batches of 5; [6, 4]: single examples. The axis need not exist in initialization."""
     theirs, ours = linen_pair(use_running_average=False, axis_name="batch")

@@ -104,6 +104,7 @@ class TestMeasured:
         seconds = found.segment * found.group / 50
         assert plan.SEGMENT_SECONDS / 2 < seconds <= plan.SEGMENT_SECONDS
 
+    @pytest.mark.slow
     def test_a_network_that_diverges_at_once_is_not_measured(self, blobs, by_size, cache):
         huge = MODEL._replace(init=lambda *a: jax.tree.map(lambda v: v * 1e30, MODEL.init(*a)))
         assert measure.measured(huge, blobs, CONFIG, by_size) == by_size

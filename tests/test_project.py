@@ -160,7 +160,12 @@ def test_snippets_of_the_docs(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("snippet", snippets(README), ids=lambda s: s.split("\n")[0])
+# Two of the three that train networks are slow.
+@pytest.mark.parametrize(
+    "snippet",
+    [pytest.param(s, marks=[pytest.mark.slow] if "bnjax, " in s else []) for s in snippets(README)],
+    ids=lambda s: s.split("\n")[0],
+)
 def test_readme_snippet(snippet, tmp_path, monkeypatch):
     """As a user would run it: on its own, in an empty folder, with an empty cache. Networks with batch
     normalization train at every scale of the snippets: 50%, where chance is 10%, is far from either.
