@@ -1,6 +1,7 @@
 """Plans that are measured, kept, and narrowed where memory does not suffice."""
 
 import dataclasses
+import functools
 import json
 from types import MappingProxyType
 
@@ -9,6 +10,7 @@ import pytest
 
 import bnjax
 from bnjax.sweeps import measure, plan
+from bnjax.training import make_run
 
 MODEL = bnjax.mlp((8,), 4, norm="none")
 CONFIG = bnjax.TrainConfig(steps=6, batch_size=16)
@@ -19,6 +21,15 @@ AXES = {"seed": range(5)}
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "bnjax" / "plans"
+
+
+run_of = functools.lru_cache(lambda init, apply, config: make_run(bnjax.Model(init, apply), config))
+
+
+@pytest.fixture(autouse=True)
+def started_once(monkeypatch):
+    """One function for all measurements of a network, which compile it once, then."""
+    monkeypatch.setattr(measure, "make_run", lambda model, config: run_of(model.init, model.apply, config))
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ class TestResume:
 
     @pytest.mark.parametrize(
         ("method", "times"),
-        [("commit", 1), pytest.param("commit", 4, marks=pytest.mark.slow), ("save_checkpoint", 2)],
+        [("save_checkpoint", 2), *(pytest.param("commit", n, marks=pytest.mark.slow) for n in (1, 4))],
     )
     def test_ends_as_if_it_had_never_stopped(self, sweep, monkeypatch, method, times):
         with monkeypatch.context() as patch:
