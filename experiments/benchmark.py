@@ -436,7 +436,7 @@ def progress_of(total: int) -> Iterator[Callable[[], None]]:
         if not console.is_terminal and now - last > LINE_SECONDS:
             last = now
             left = (now - start) * (total - done) / done
-            text = f"{done:.0f}/{total} measurements, {now - start:.0f} s so far, {left:.0f} s left"
+            text = f"{done:.0f}/{total} measurements, {now - start:.0f} s so far, about {left:.0f} s left"
             console.print(text, soft_wrap=True, highlight=False)
 
     with bar:

@@ -376,6 +376,7 @@ class TestProcesses:
 
 def test_without_a_terminal_progress_is_lines_that_say_what_is_left(monkeypatch, capsys):
     benchmark = scripts.load("benchmark")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)  # it would be taken for a terminal
     monkeypatch.setattr(benchmark, "LINE_SECONDS", -1)
     with benchmark.progress_of(3) as tick:
         for _ in range(3):

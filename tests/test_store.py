@@ -1,8 +1,10 @@
 """Sweeps that last: committed chunk by chunk, stopped and continued, extended, and by one writer only."""
 
 import contextlib
+import dataclasses
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -15,7 +17,7 @@ import xarray as xr
 import zarr
 
 import bnjax
-from bnjax.sweeps import leases, plan, program, record, run, storage, store
+from bnjax.sweeps import exchange, leases, plan, program, record, run, storage, store
 from bnjax.training import pieces
 
 MODEL = bnjax.mlp((8, 8), 4)
@@ -168,6 +170,114 @@ class TestResume:
         xr.testing.assert_equal(
             sweep({"seed": range(3)}, **options), sweep({"seed": range(3)}, **options, path=None)
         )
+
+
+class TestReadMeanwhile:
+    """Something happens once, before or after the reader has looked what there is."""
+
+    @pytest.fixture
+    def once(self, monkeypatch):
+        def call(action, where="read_layout", before=False):
+            whole, module = (
+                (store.xr.open_zarr, store.xr) if where == "open_zarr" else (store.read_layout, store)
+            )
+
+            def changed(*args, **options):
+                monkeypatch.setattr(module, where, whole)
+                if before:
+                    action()
+                found = whole(*args, **options)
+                if not before:
+                    action()
+                return found
+
+            monkeypatch.setattr(module, where, changed)
+
+        return call
+
+    @pytest.mark.parametrize("before", [False, True])
+    @pytest.mark.parametrize("what", ["moved away", "another saved", "begun again"])
+    def test_finds_one_or_the_other_whole(self, sweep, once, tmp_path, what, before):
+        path, aside = tmp_path / "r.zarr", tmp_path / "aside"
+        one, other = sweep({"seed": (1, 2)}), sweep({"seed": (3,)}, path=None)
+
+        def begun_again():
+            path.rename(aside)
+            sweep({"seed": (1, 2)}, config=dataclasses.replace(CONFIG, data_seed=1))
+
+        once(
+            {
+                "moved away": lambda: path.rename(exchange.replaced(path)),
+                "another saved": lambda: store.save(other, path, overwrite=True),
+                "begun again": begun_again,
+            }[what],
+            before=before,
+        )
+        found = bnjax.load_results(path)
+        assert found.identical(
+            {"moved away": one, "another saved": other}.get(what, bnjax.load_results(path))
+        )
+        assert not found.equals(one) or what == "moved away"
+
+    def test_removed(self, sweep, once, tmp_path):
+        sweep({"seed": (1,)})
+        once(lambda: shutil.rmtree(tmp_path / "r.zarr"))
+        with pytest.raises(FileNotFoundError, match="no results at"):
+            bnjax.load_results(tmp_path / "r.zarr")
+
+    def test_extended_to_what_has_no_chunk_yet(self, sweep, once, monkeypatch, tmp_path):
+        """The two cells that are done are a part of the new grid's only chunk: in its checkpoint."""
+        monkeypatch.setattr(plan, "GROUPS", 100)
+        sweep({"seed": (1, 2)})
+
+        def extended():
+            with monkeypatch.context() as patch:
+                patch.setattr(store.Store, "commit", dies)
+                with pytest.raises(Died):
+                    sweep({"seed": (1, 2, 3)})
+
+        def dies(*args):
+            raise Died
+
+        once(extended)
+        assert bnjax.load_results(tmp_path / "r.zarr").sizes["seed"] == 3
+
+    def test_saved_results_by_others(self, once, tmp_path):
+        """Between the variables' names and their values; of another shape, and of the same."""
+        for n in (5, 9, 9):
+            results = xr.Dataset({name: ("i", np.full(n, float(n))) for name in "abc"}, attrs={"n": n})
+            if n > 5:
+                once(lambda results=results: store.save(results, tmp_path / "r", overwrite=True), "open_zarr")
+                assert bnjax.load_results(tmp_path / "r").identical(results)
+            store.save(results, tmp_path / "r", overwrite=True)
+
+    def test_begun_and_removed(self, sweep, monkeypatch, once, tmp_path):
+        """What was read had no ledger then; it is not taken for results that were saved at once."""
+        path = tmp_path / "r.zarr"
+        open_zarr = xr.open_zarr
+
+        def opened(*args, **options):
+            found = open_zarr(*args, **options).load()
+            shutil.rmtree(path)
+            return found
+
+        once(lambda: sweep({"seed": (1, 2)}))
+        monkeypatch.setattr(store.xr, "open_zarr", opened)
+        with pytest.raises(FileNotFoundError, match="no results at"):
+            bnjax.load_results(path)
+
+
+def test_what_xarray_opened_may_be_saved(sweep, tmp_path):
+    found = sweep({"seed": (1, 2)})
+    with xr.open_zarr(tmp_path / "r.zarr", consolidated=False) as opened:
+        store.save(opened.load(), tmp_path / "s.zarr")
+    assert bnjax.load_results(tmp_path / "s.zarr").drop_vars("done").equals(found)
+
+
+def test_saved_attributes_may_have_any_name(tmp_path):
+    results = xr.Dataset({"a": 1.0}, attrs={"layout": "NHWC", "models": {"": {"layout": "NHWC"}}})
+    store.save(results, tmp_path / "r.zarr")
+    assert bnjax.load_results(tmp_path / "r.zarr").identical(results)
 
 
 class TestExtension:

@@ -4,10 +4,13 @@
     .r.zarr.extended     the same with a larger grid, in the making
     .r.zarr.replaced     the results before, until the new ones are in their place
 
-`bnjax.load_results` finds either whole, whenever it looks.
+`bnjax.load_results` finds either whole, whenever it looks: it looks again if another folder has come meanwhile.
 """
 
+import contextlib
+import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bnjax.sweeps.leases import LEASE, writers
@@ -27,10 +30,10 @@ def replaced(path: Path) -> Path:
 def replace(new: Path, path: Path) -> None:
     """Puts the folder `new` in the place of `path`, which is removed; all is as before if that fails."""
     old = replaced(path)
-    shutil.rmtree(old, ignore_errors=True)
     with exclusive(path.parent):
         try:
             if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
                 path.rename(old)
             new.rename(path)
         except BaseException:
@@ -38,6 +41,30 @@ def replace(new: Path, path: Path) -> None:
                 old.rename(path)
             raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def watched(files: Files) -> Iterator[Callable[[], bool]]:
+    """Yields what tells whether another folder has come there, or gone, since; outside of folders never."""
+    folders = [] if files.local is None else [files.local, replaced(files.local)]
+
+    def numbers():
+        return [_number(folder) for folder in folders]
+
+    with contextlib.ExitStack() as opened:
+        for folder in folders:
+            with contextlib.suppress(OSError):  # held, so that no other is given its number
+                opened.callback(os.close, os.open(folder, os.O_RDONLY))
+        before = numbers()
+        yield lambda: numbers() != before
+
+
+def _number(folder):
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def cut_off(files: Files) -> bool:

@@ -34,13 +34,14 @@ import xarray as xr
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from bnjax.sweeps.exchange import cut_off, replace, replaced
+from bnjax.sweeps.exchange import cut_off, replace, replaced, watched
 from bnjax.sweeps.storage import Files, StoreLike, exclusive
 
 log = logging.getLogger("bnjax")
 
 COMPRESSORS = (zarr.codecs.ZstdCodec(), Crc32cCodec())
 RECORD, LEDGER, CHECKPOINT = "bnjax/zarr.json", "bnjax/ledger", "bnjax/checkpoint"
+ROOT = {"layout", "checksum"}  # the attributes that a sweep's root has, and no others'
 
 
 class Damaged(ValueError):
@@ -355,9 +356,17 @@ def read_layout(files: Files) -> Layout | None:
     for text in copies:
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             return Layout.from_attributes(json.loads(text)["attributes"])
-    if copies[0] is None and b'"layout"' not in copies[1]:
+    if copies[0] is None and not _of_a_sweep(copies[1]):
         return None  # saved at once, by `save`
     raise Damaged(f"{files.name} is damaged: neither {RECORD} nor zarr.json can be read")
+
+
+def _of_a_sweep(root: bytes) -> bool:
+    """Whether these bytes are a sweep's zarr.json, or what is left of it."""
+    try:
+        return json.loads(root)["attributes"].keys() >= ROOT
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return b'"layout"' in root
 
 
 # Whole data sets
@@ -376,6 +385,9 @@ def save(results: xr.Dataset, path: StoreLike, *, overwrite: bool = False) -> No
     Raises:
       FileExistsError: if there is something at `path`, unless `overwrite`.
     """
+    if results.attrs.keys() >= ROOT:  # a sweep's, opened by xarray alone
+        results = results.assign_attrs()
+        results.attrs = {name: value for name, value in results.attrs.items() if name not in ROOT}
     encoding = {name: {"compressors": COMPRESSORS} for name in results.variables}
     options = {"mode": "w", "consolidated": False, "zarr_format": 3, "encoding": encoding}
     if isinstance(path, zarr.abc.store.Store):
@@ -409,6 +421,20 @@ def load(path: StoreLike) -> xr.Dataset:
       Damaged: (a ValueError) if what is there is not what was stored; it says what.
     """
     files = Files(path, write=False)
+    while True:
+        with watched(files) as changed:
+            try:
+                found = _load(files, path)
+            except Exception:
+                if not changed():
+                    raise
+            else:
+                if not changed():
+                    return found
+
+
+def _load(files: Files, path: StoreLike) -> xr.Dataset:
+    """`load`, if nothing is put into its place meanwhile."""
     if cut_off(files):
         with exclusive(files.local.parent):  # while it is being replaced
             if cut_off(files):
@@ -422,7 +448,7 @@ def load(path: StoreLike) -> xr.Dataset:
             warnings.filterwarnings("ignore", r"Object at \S*\.partial is not recognized")
             found = xr.open_zarr(files.store, consolidated=False).load()
         if layout is None:
-            return found if read_layout(files) is None else load(path)  # a sweep began meanwhile
+            return _load(files, path) if found.attrs.keys() >= ROOT else found  # a sweep has begun meanwhile
         return _checked(found, layout, entries)
     except (Damaged, PermissionError):
         raise
@@ -430,10 +456,6 @@ def load(path: StoreLike) -> xr.Dataset:
     except Exception as error:
         if layout is None and isinstance(error, FileNotFoundError):
             raise FileNotFoundError(f"no results at {path}") from None
-        if layout is not None:
-            now = read_layout(files)
-            if now is None or now.as_attributes() != layout.as_attributes():
-                return load(path)  # they were extended or removed meanwhile
         what = [] if layout is None else _damages(files, layout, entries)
         raise Damaged(f"{path} is damaged: {'; '.join(what[:5]) or _first_line(error)}") from error
 
