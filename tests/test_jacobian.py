@@ -170,8 +170,9 @@ def test_evaluation_mode():
 @pytest.mark.parametrize(
     ("activation", "masked"),
     [
-        (jax.nn.relu, False),
-        *(pytest.param(f, True, marks=pytest.mark.slow) for f in (jnp.tanh, jax.nn.sigmoid)),
+        (jnp.tanh, True),
+        pytest.param(jax.nn.relu, False, marks=pytest.mark.slow),
+        pytest.param(jax.nn.sigmoid, True, marks=pytest.mark.slow),
     ],
 )
 def test_block(activation, masked):

@@ -219,6 +219,24 @@ class TestReadMeanwhile:
         )
         assert not found.equals(one) or what == "moved away"
 
+    def test_away_and_back(self, sweep, once, monkeypatch, tmp_path):
+        """While the ledger is listed, as a run with --overwrite does that fails."""
+        path, aside = tmp_path / "r.zarr", tmp_path / "aside"
+        one, whole = sweep({"seed": (1, 2)}), storage.Files.list
+
+        def without(*args):
+            monkeypatch.setattr(storage.Files, "list", whole)
+            found = whole(*args)
+            aside.rename(path)
+            return found
+
+        def away():
+            path.rename(aside)
+            monkeypatch.setattr(storage.Files, "list", without)
+
+        once(away)
+        assert bnjax.load_results(path).identical(one)
+
     def test_removed(self, sweep, once, tmp_path):
         sweep({"seed": (1,)})
         once(lambda: shutil.rmtree(tmp_path / "r.zarr"))
@@ -272,6 +290,14 @@ def test_what_xarray_opened_may_be_saved(sweep, tmp_path):
     with xr.open_zarr(tmp_path / "r.zarr", consolidated=False) as opened:
         store.save(opened.load(), tmp_path / "s.zarr")
     assert bnjax.load_results(tmp_path / "s.zarr").drop_vars("done").equals(found)
+
+
+def test_another_format_of_zarr_is_not_read(sweep, tmp_path):
+    sweep({"seed": (1,)})
+    found = xr.open_zarr(tmp_path / "r.zarr", consolidated=False).load()
+    found.drop_encoding().to_zarr(tmp_path / "v2.zarr", zarr_format=2, consolidated=False)
+    with pytest.raises(FileNotFoundError, match="no results at"):
+        bnjax.load_results(tmp_path / "v2.zarr")
 
 
 def test_saved_attributes_may_have_any_name(tmp_path):

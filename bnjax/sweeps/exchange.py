@@ -64,7 +64,7 @@ def _number(folder):
         found = folder.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return found.st_dev, found.st_ino, found.st_ctime_ns  # the time tells of one that was away, and came back
 
 
 def cut_off(files: Files) -> bool:

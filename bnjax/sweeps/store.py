@@ -446,7 +446,7 @@ def _load(files: Files, path: StoreLike) -> xr.Dataset:
             return _labelled(layout, {})
         with warnings.catch_warnings():  # what a killed process left of a write is not part of it
             warnings.filterwarnings("ignore", r"Object at \S*\.partial is not recognized")
-            found = xr.open_zarr(files.store, consolidated=False).load()
+            found = xr.open_zarr(files.store, consolidated=False, zarr_format=3).load()
         if layout is None:
             return _load(files, path) if found.attrs.keys() >= ROOT else found  # a sweep has begun meanwhile
         return _checked(found, layout, entries)
