@@ -1,10 +1,11 @@
 """bnjax: what batch normalization does to initialization."""
 
 from bnjax import activations, batch_norm, data, initializers, jacobian, probes, theory
+from bnjax.export import save as save_results
 from bnjax.models.mlp import mlp
 from bnjax.sweeps.run import sweep
 from bnjax.sweeps.store import load as load_results
-from bnjax.sweeps.store import save as save_results
+from bnjax.sweeps.store import status
 from bnjax.training import TrainConfig, make_train
 from bnjax.types import BatchNormParams, BatchStats, Dataset, History, Hyperparams, Model, Probe, Snapshot
 from bnjax.version import __version__
@@ -30,6 +31,7 @@ __all__ = [
     "mlp",
     "probes",
     "save_results",
+    "status",
     "sweep",
     "theory",
 ]

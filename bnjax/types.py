@@ -123,11 +123,14 @@ class Probe(NamedTuple):
 
 
 class History(NamedTuple):
-    """What one training run leaves behind. Every entry is finite, whatever happened to the run."""
+    """What one training run leaves behind.
+
+    From the step on at which it diverged, its losses are infinite and its accuracies those of guessing, 1/K.
+    """
 
     train_loss: jax.Array  # [E] mean over the mini-batches since the previous evaluation
     train_accuracy: jax.Array  # [E] likewise, a fraction
     test_loss: jax.Array  # [E] mean cross-entropy over the test split, running statistics
     test_accuracy: jax.Array  # [E] a fraction
     diverged: jax.Array  # [] bool
-    diverged_step: jax.Array  # [] int32: the step whose loss or new state is first non-finite, else -1
+    diverged_step: jax.Array  # [] int32: the first step whose loss is not finite, else -1

@@ -15,9 +15,10 @@ all in one process, alternating, so that they share whatever the machine is doin
 measured. bnjax sums twice as often in the forward pass, since the others are wrong far from zero; it keeps x_hat
 and one number a feature, as little as any.
 
-The second trains the networks of each workload (`experiments/workloads`) with bnjax.sweep, evaluated at the end or
-along the way, and beside it: the matrix products alone, which is the limit; Flax in jit(vmap(scan)); PyTorch, one
-process per core (torch.func.vmap, too); a loop over a jitted JAX step. Those that are not installed are shown as such.
+The second trains the networks of each workload (`experiments/workloads`) with bnjax.sweep at the width that it chooses
+by size, evaluated at the end or along the way, and beside it: the matrix products alone, which is the limit; Flax in
+jit(vmap(scan)); PyTorch, one process per core (torch.func.vmap, too); a loop over a jitted JAX step. Those that are not
+installed are shown as such.
 It then measures where a sweep's time goes, the time to the first result and, with --growth, what a cell costs and how
 much memory is taken as the grid grows. docs/speed.md has what was measured; --docs=docs/speed.md writes it there.
 """
@@ -47,6 +48,7 @@ from experiments import common
 from experiments.workloads import processes, speed, tables, workloads
 
 FLAGS = flags.FLAGS
+SCRIPT, FIGURE, TABLES = "benchmark", "speed.png", "speed.md"
 LAYER_ROUNDS, SWEEP_ROUNDS = 21, 5
 BEGIN, END = "<!-- benchmark: begin -->", "<!-- benchmark: end -->"
 
@@ -77,7 +79,9 @@ flags.DEFINE_float("milliseconds", 20.0, "Least length of one measurement of a l
 flags.DEFINE_float("seconds", 1.0, "About the least length of one measurement of a sweep.", lower_bound=0.0)
 flags.DEFINE_list("peers", [*processes.PEERS], "What to measure beside bnjax's sweeps.")
 flags.DEFINE_bool("profile", True, "Measure where a sweep's time goes.")
-flags.DEFINE_bool("widths", False, "Measure sweeps at each of some widths, beside the width that is chosen.")
+flags.DEFINE_bool(
+    "widths", False, "Measure sweeps at each of some widths, beside the width that is chosen by size."
+)
 flags.DEFINE_bool("first_result", True, "Measure the time to a sweep's first result.")
 flags.DEFINE_bool("growth", False, "Measure what a cell of the smallest workload costs as the grid grows.")
 flags.DEFINE_list("growth_cells", ["64", "1024", "8192", "65536"], "Grids for --growth.")
@@ -86,7 +90,7 @@ flags.DEFINE_string(
     "docs", None, "A Markdown page in which to replace the tables of sweeps, between its markers."
 )
 flags.DEFINE_string("out", "results/benchmark", "Output folder.")
-flags.DEFINE_bool("overwrite", False, "Replace what is in the output folder.")
+flags.DEFINE_bool("overwrite", False, "Replace what an earlier benchmark left in the output folder.")
 
 MOMENTUM, EPSILON = 0.99, 1e-5
 Layer = Callable[[jax.Array, BatchNormParams, BatchStats], tuple[jax.Array, BatchStats]]
@@ -283,10 +287,8 @@ def main(argv: list[str]) -> None:
     try:
         common.check_arguments(argv)
         run = check_sweeps() if FLAGS.workloads else check_layers()
-        path = folder / common.RESULTS
-        if path.exists() and not FLAGS.overwrite:
-            raise ValueError(f"--out={folder} holds results already; choose another, or --overwrite")
-        common.check_writable(folder)
+        names = common.RESULTS, FIGURE, TABLES
+        common.check_out(folder, SCRIPT, *names, overwrite=FLAGS.overwrite)
     except (ValueError, OSError) as error:
         raise common.fail(str(error)) from None
     run(folder)
@@ -312,11 +314,10 @@ def compare_layers(shapes: list[tuple[int, ...]], folder: Path) -> None:
     device = jax.devices()[0]
     results.attrs = {
         "cells": cells,
-        "command": common.command("benchmark"),
         "device": device.device_kind,
         "versions": {"bnjax": __version__, "jax": jax.__version__},
     }
-    path = common.save(results, folder, overwrite=FLAGS.overwrite)
+    path = common.save(results, folder / common.RESULTS, SCRIPT, overwrite=FLAGS.overwrite)
     for table in report(results):
         common.console().print(table)
     print(f"On {device.device_kind}, {cells} at a time. All measurements: {path}")
@@ -373,13 +374,11 @@ def compare_sweeps(names: list[str], grids: list[int], folder: Path, page: Path 
         raise common.fail(str(error)) from None
     found = {name: metadata.version(name) for name in ("jax", "flax", "torch") if util.find_spec(name)}
     results.attrs = {
-        "command": common.command("benchmark"),
         "machine": speed.machine(),
         "not_installed": missing,
         "versions": {"bnjax": __version__, "python": platform.python_version(), **found},
     }
-    path = common.save(results, folder, overwrite=FLAGS.overwrite)
-    figure = folder / "speed.png"
+    path = common.save(results, folder / common.RESULTS, SCRIPT, overwrite=FLAGS.overwrite)
     if "products" in peers:
         shown = ["bnjax", *(name for name in peers if name != "products")]
         share = xr.concat(
@@ -387,7 +386,8 @@ def compare_sweeps(names: list[str], grids: list[int], folder: Path, page: Path 
         )
         titles = [tables.title(name) for name in shown]
         share = share.assign_coords(implementation=np.array(titles, object))
-        plots.shares(share, title=f"Training sweeps on {speed.machine()}").savefig(figure)
+        figure = plots.shares(share, title=f"Training sweeps on {speed.machine()}")
+        figure = common.save(figure, folder / FIGURE, SCRIPT, overwrite=FLAGS.overwrite)
 
     figures = tables.all_figures(results, missing, len(processes.cores()))
     verdicts = [*tables.verdicts(results)]
@@ -398,16 +398,17 @@ def compare_sweeps(names: list[str], grids: list[int], folder: Path, page: Path 
     print(*verdicts, setting, sep="\n")
     text = "\n".join(
         [
-            f"`{results.attrs['command']}`, on {setting}\n",
+            f"`{common.command(SCRIPT)}`, on {setting}\n",
             *map(tables.markdown, figures),
             *(f"- {v}" for v in verdicts),
         ]
     )
-    (folder / "speed.md").write_text(f"# Training sweeps, measured\n\n{text}\n")
+    page_text = f"# Training sweeps, measured\n\n{text}\n"
+    written = common.save(page_text, folder / TABLES, SCRIPT, overwrite=FLAGS.overwrite)
     if page:
         before, _, rest = page.read_text().partition(BEGIN)
         page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
-    print(f"All measurements: {path}; tables: {page or folder / 'speed.md'}")
+    print(f"All measurements: {path}; tables: {page or written}")
     if "products" in peers:
         print(f"figure: {figure}")
 

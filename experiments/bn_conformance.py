@@ -30,6 +30,7 @@ flags.DEFINE_list("implementations", [*layers.ALL], "Which to measure.")
 flags.DEFINE_string("out", "results/bn_conformance", "Output folder.")
 flags.DEFINE_string("docs", None, "A Markdown page in which to replace the tables, between its markers.")
 
+SCRIPT, TABLE = "bn_conformance", "conformance.md"
 GROUPS = (cases.SEMANTICS, cases.NUMERICS, cases.EDGES, cases.ONNX)
 NO_ONNX = "onnx is not installed"
 BEGIN, END = "<!-- bn_conformance: begin -->", "<!-- bn_conformance: end -->"
@@ -60,8 +61,8 @@ def main(argv: list[str]) -> None:
     report(rows, found, results)
 
     text = markdown(rows, found, results)
-    (folder / "conformance.md").write_text(f"# Implementations of batch normalization, measured\n\n{text}")
-    print(f"table:  {folder / 'conformance.md'}")
+    table = f"# Implementations of batch normalization, measured\n\n{text}"
+    print(f"table:  {common.save(table, folder / TABLE, SCRIPT)}")
     if page:
         before, _, rest = page.read_text().partition(BEGIN)
         page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
@@ -79,7 +80,7 @@ def check(argv: list[str], folder: Path, page: Path | None) -> None:
         raise ValueError("--implementations is empty")
     for name in FLAGS.implementations:
         choices.check("implementation in --implementations", name, layers.ALL)
-    common.check_writable(folder)
+    common.check_out(folder, SCRIPT, TABLE)
     if page and not (page.is_file() and BEGIN in page.read_text() and END in page.read_text()):
         raise ValueError(f"--docs={page} is not a page with the markers {BEGIN} and {END}")
     if page:

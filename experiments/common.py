@@ -2,10 +2,11 @@
 
 import concurrent.futures
 import contextlib
+import json
 import math
 import os
+import re
 import shlex
-import shutil
 import signal
 import socket
 import sys
@@ -18,14 +19,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import platformdirs
 import rich.progress
 import xarray as xr
 from absl import flags, logging
 from rich.console import Console
-from rich.table import Table
 
-from bnjax.sweeps import leases, record, storage, store
+from bnjax import compilation, export
 
 RESULTS = "results.zarr"
 MOST_VALUES = 1_000_000  # on one axis
@@ -80,18 +79,13 @@ def join_others() -> None:
 def prepare_process() -> None:
     """What is to be set before JAX's first array, unless it is set otherwise.
 
-    One XLA device per core on CPU; compiled programs are kept in the user's cache folder, apart for each kind of
-    processor (they hold its instructions) and each jaxlib; no chatter.
+    One XLA device per core on CPU; compiled programs are kept in the user's cache folder; no chatter.
     """
     logging.set_verbosity(logging.WARNING)
     if jax.config.jax_num_cpu_devices == -1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jax.config.update("jax_num_cpu_devices", cores)
-    if jax.config.jax_compilation_cache_dir is None:
-        folder = f"{record.machine()}-{record.versions()['jaxlib']}"
-        jax.config.update(
-            "jax_compilation_cache_dir", str(platformdirs.user_cache_path("bnjax") / "compiled" / folder)
-        )
+    compilation.use_cache()
 
 
 def parse_floats(flag: str, text: str) -> list[float]:
@@ -140,60 +134,6 @@ def parse_seeds(flag: str, text: str) -> list[int]:
     return list(seeds)
 
 
-@contextlib.contextmanager
-def replacing(path: Path, overwrite: bool) -> Iterator[None]:
-    """With `overwrite`, what is at `path` is put aside, and removed when new results are in its place, or put back."""
-    aside = path.with_name(f".{path.name}.before")
-    if not (overwrite and path.exists()):
-        yield
-        return
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        aside.rename(path)
-        raise
-    shutil.rmtree(aside)
-
-
-def is_done(path: Path) -> bool:
-    """Whether all chunks of the results at `path` are committed; False if there are none."""
-    with contextlib.suppress(store.Damaged):
-        files = storage.Files(path, write=False)
-        layout = store.read_layout(files)
-        return layout is not None and len(files.list(store.LEDGER)) == len(layout.chunks())
-    return False
-
-
-def status_table(path: Path) -> Table:
-    """What of the results at `path` is done, without training or loading any data.
-
-    Raises:
-      ValueError: if there are none.
-    """
-    files = storage.Files(path, write=False)
-    layout = store.read_layout(files)
-    if layout is None:
-        raise ValueError(f"{path} holds no results of a sweep")
-    entries, checkpoints = ({*files.list(folder)} for folder in (store.LEDGER, store.CHECKPOINT))
-    found = Table(title=str(path), caption=_writers(files), caption_justify="left")
-    for column in ("network", "cells committed", "cells", "chunks with a checkpoint"):
-        found.add_column(column, justify="left" if column == "network" else "right")
-    for i, name in enumerate(layout.models):
-        chunks = [chunk for chunk in layout.chunks() if chunk.model == i]
-        done = sum(len(chunk.cells) for chunk in chunks if chunk.key in entries)
-        started = sum(chunk.key in checkpoints for chunk in chunks)
-        found.add_row(name, f"{done:,}", f"{sum(len(c.cells) for c in chunks):,}", f"{started:,}")
-    return found
-
-
-def _writers(files: storage.Files) -> str:
-    writing = [f"process {one['pid']} on {one['host']}" for one in leases.writers(files)]
-    return f"being written by {', '.join(writing)}" if writing else "nobody is writing there"
-
-
 def check_writable(folder: Path) -> None:
     """Makes the folder, and raises OSError naming it if nothing can be written there."""
     try:
@@ -204,18 +144,88 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"--out={folder} cannot be written: {error.strerror or error}") from None
 
 
-def save(results: xr.Dataset, folder: Path, *, overwrite: bool) -> Path:
-    """Saves the results in the folder and returns where; beside what another run put there meanwhile."""
-    path = folder / RESULTS
+def maker(path: Path) -> str | None:
+    """Which script made the results, figure or table at `path`, by its own account; None: it does not say."""
     try:
-        store.save(results, path, overwrite=overwrite)
-    except FileExistsError:
-        path = folder / f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}"
-        store.save(results, path)
-        print(
-            f"Another run has finished in {folder} meanwhile; these results go to {path.name}.",
-            file=sys.stderr,
-        )
+        if path.is_dir() and (path / "zarr.json").is_file():
+            words = _made_by(json.loads((path / "zarr.json").read_bytes())["attributes"]["command"])
+        elif path.is_file():  # a pipe would block
+            with path.open("rb") as file:
+                words = file.read(1000).decode("latin-1")
+        else:
+            return None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    found = re.search(r"made by `python -m experiments\.(\w+)[ `]", words)
+    return found and found[1]
+
+
+def _made_by(command: str) -> str:
+    return f"made by `{command}`"
+
+
+def _obstacle(path: Path, script: str, overwrite: bool) -> str:
+    """What the script would replace at `path` and may not, in words; empty: nothing."""
+    target = Path(os.path.realpath(path))
+    aside = export.aside(target)  # a sweep's results are only there, if it died while it replaced them
+    for name, one in ((path.name, target), (aside.name, aside)):
+        made_by = maker(one)
+        if os.path.lexists(one) and not (overwrite and made_by == script):
+            origin = f"made by experiments.{made_by}" if made_by else "which does not say what made it"
+            return f"{name}, {origin}"
+    return ""
+
+
+def check_out(folder: Path, script: str, *names: str, overwrite: bool = True) -> None:
+    """Makes the folder for these results, figures and tables of a script, which `save` is to put there.
+
+    Args:
+      folder: --out.
+      script: its name.
+      *names: of all that it may write.
+      overwrite: whether it may replace what it made itself; it never replaces anything else.
+
+    Raises:
+      OSError: if they cannot be written.
+      ValueError: if something stands there that it may not replace.
+    """
+    check_writable(folder)
+    for path in (folder / name for name in names):
+        check_writable(Path(os.path.realpath(path)).parent)
+        if found := _obstacle(path, script, overwrite):
+            own = "what it made" if overwrite else "what it made, with --overwrite"
+            raise ValueError(
+                f"--out={folder} holds {found}; experiments.{script} replaces only {own}. Choose another folder"
+            )
+
+
+def save(what: Any, path: Path, script: str, *, overwrite: bool = True) -> Path:
+    """Puts results, a figure or a table where `check_out` allowed it, with the script's command.
+
+    Args:
+      what: an xarray.Dataset, a matplotlib figure or Markdown.
+      path: where; what a symbolic link points to, if it is one.
+      script: its name.
+      overwrite: as for `check_out`.
+
+    Returns:
+      `path`, or another beside it, if something that the script may not replace has come there meanwhile.
+    """
+    target = Path(os.path.realpath(path))
+    new = target.with_name(f"{path.stem}-{uuid.uuid4().hex[:8]}{path.suffix}")
+    made_by = command(script)
+    move = os.replace
+    if isinstance(what, xr.Dataset):
+        export.save(what.assign_attrs(command=made_by), new)
+        move = export.replace
+    elif isinstance(what, str):
+        new.write_text(f"<!-- {_made_by(made_by)} -->\n\n{what}")
+    else:
+        what.savefig(new, metadata={"Description": _made_by(made_by)})
+    if found := _obstacle(target, script, overwrite):
+        print(f"{target.parent} now holds {found}: this run's is {new}", file=sys.stderr)
+        return new
+    move(new, target)
     return path
 
 

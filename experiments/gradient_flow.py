@@ -33,7 +33,7 @@ from rich.table import Table
 import bnjax
 from bnjax import activations, batch_norm, choices, probes
 from bnjax.models import mlp
-from bnjax.sweeps import grid, record, store
+from bnjax.sweeps import grid, provenance
 from bnjax.theory import mean_field
 from bnjax.types import PyTree
 from experiments import common
@@ -303,7 +303,7 @@ def main(argv: list[str]) -> None:
     trained = train(job)
     merged = xr.merge([results, signals, training_part(trained)], compat="no_conflicts", join="outer")
     merged.attrs = description(job)
-    store.save(merged, folder / common.RESULTS, overwrite=True)
+    path = common.save(merged, folder / common.RESULTS, SCRIPT)
     paths = figures(results, job, folder)
     console = common.console()
     console.print(signals_table(signals))
@@ -314,7 +314,7 @@ def main(argv: list[str]) -> None:
         console.print(unnormalized_table(results, job))
     print(answer(results, job))
     print(f"figures:  {', '.join(map(str, paths))}")
-    print(f"results:  {folder / common.RESULTS}   (bnjax.load_results opens it)")
+    print(f"results:  {path}   (bnjax.load_results opens it)")
 
 
 def prepare(argv: list[str], folder: Path) -> Job:
@@ -351,6 +351,7 @@ def prepare(argv: list[str], folder: Path) -> Job:
     if absent:
         raise ValueError(f"--shown_scales must be among --init_scales={FLAGS.init_scales}, got {absent}")
     shown = [float(min(scales, key=lambda s, t=scale: abs(s - t))) for scale in shown]
+    common.check_out(folder, SCRIPT, common.RESULTS, "layers.png", "scales.png")
     thresholds = {name: threshold(name) for name in FLAGS.activations}
     if "batch" in FLAGS.norms:
         if FLAGS.batch_size < 3 or FLAGS.jacobian_examples < 3:
@@ -376,7 +377,6 @@ def prepare(argv: list[str], folder: Path) -> Job:
             f"--jacobian_examples={FLAGS.jacobian_examples} with --hidden_width={FLAGS.hidden_width} makes "
             f"Jacobians of {entries} entries, more than {probes.LARGEST_JACOBIAN}"
         )
-    common.check_writable(folder)
     return Job(depths, np.asarray(scales), seeds, shown, steps, ds, thresholds)
 
 
@@ -410,8 +410,7 @@ def description(job: Job) -> dict[str, Any]:
         "thresholds": job.thresholds,
         "batch_size": FLAGS.batch_size,
         "loss": FLAGS.loss,
-        "versions": record.versions(),
-        "command": common.command(SCRIPT),
+        "versions": provenance.versions(),
     }
 
 
@@ -430,7 +429,7 @@ def figures(results: xr.Dataset, job: Job, folder: Path) -> list[Path]:
     one = results.sel(activation=first, depth=depth)
     shown = one.sel(init_scale=job.shown).isel(layer=slice(0, depth))
     title = f"{first}, {depth} hidden layers of {FLAGS.hidden_width}, at initialization"
-    plots.flow_by_layer(
+    layers = plots.flow_by_layer(
         {
             "forward: spread of W x\nover the batch": shown.preactivation_spread,
             "backward: norm of the gradient\nto the layer's output phi(...)": shown.activation_gradient,
@@ -438,12 +437,13 @@ def figures(results: xr.Dataset, job: Job, folder: Path) -> list[Path]:
         },
         names=NORM_NAMES,
         title=title,
-    ).savefig(folder / "layers.png")
+    )
+    paths = [common.save(layers, folder / "layers.png", SCRIPT)]
     gradients = results.weight_gradient.sel(depth=depth).isel(layer=slice(0, depth))
     finite = np.isfinite(results.activation_spread.sel(depth=depth).isel(layer=slice(0, depth))).all("layer")
     gradients = gradients.where(finite)
     if not (gradients.median("seed", skipna=False).sel(init_scale=slice(1e-4, 1e4)) > 0).any():
-        return [folder / "layers.png"]
+        return paths
     powers = {
         norm: (
             theory(norm, "weight", 0, depth),
@@ -451,14 +451,14 @@ def figures(results: xr.Dataset, job: Job, folder: Path) -> list[Path]:
         )
         for norm in FLAGS.norms
     }
-    plots.gradient_by_scale(
+    by_scale = plots.gradient_by_scale(
         gradients,
         names=NORM_NAMES,
         powers=powers,
         starts={name: ABOVE * value for name, value in job.thresholds.items()},
         title=f"{depth} hidden layers of {FLAGS.hidden_width}, at initialization",
-    ).savefig(folder / "scales.png")
-    return [folder / "layers.png", folder / "scales.png"]
+    )
+    return [*paths, common.save(by_scale, folder / "scales.png", SCRIPT)]
 
 
 def combinations(job: Job, norm: str) -> Iterator[dict[str, Any]]:
@@ -698,7 +698,8 @@ def training_table(trained: xr.Dataset, job: Job) -> Table:
         caption=(
             f"{' / '.join(f'hidden_{i}' for i in ends)}; medians over {trained.sizes['seed']} seeds. |dL/dW|: of the "
             f"first {FLAGS.batch_size} examples. Angle: between W and its start, in degrees. lr / |W|^2: the effective "
-            "learning rate behind a norm. A run that diverged stays at its last good state."
+            "learning rate behind a norm. The figures of a run that diverged may be infinite, or NaN, which medians "
+            "leave out."
         ),
         caption_justify="left",
     )
@@ -707,7 +708,9 @@ def training_table(trained: xr.Dataset, job: Job) -> Table:
     for norm, scale in itertools.product(FLAGS.norms, job.shown):
         one = trained.sel(model=norm, init_scale=scale)
         for step in job.steps:
-            now = one.sel(probe_step=step).astype(float).median("seed")  # a loss may be the largest float32
+            now = (
+                one.sel(probe_step=step).astype(float).median("seed")
+            )  # the sum of two may be beyond float32
 
             def both(name, form, now=now):
                 return " / ".join(format(float(now[name].sel(layer=f"hidden_{i}")), form) for i in ends)
@@ -720,7 +723,7 @@ def training_table(trained: xr.Dataset, job: Job) -> Table:
                 both("weight_norm", ".3g"),
                 both("angle", ".2g"),
                 both("effective_learning_rate", ".1e"),
-                f"{int((one.diverged & (one.diverged_step < step)).sum())} of {one.sizes['seed']}",
+                f"{int((one.diverged & (one.diverged_step <= step)).sum())} of {one.sizes['seed']}",
                 end_section=step == job.steps[-1],
             )
     return table

@@ -7,6 +7,7 @@ Fashion-MNIST, in about a minute on 2 cores. Expect, at 80% of the best accuracy
 no BN over 1.5. Above a scale of 100 BN is no better than its frozen baseline: what trains is a readout.
 """
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +20,9 @@ from rich.table import Table
 import bnjax
 from bnjax import activations, choices, plots, training
 from bnjax.models import mlp
-from bnjax.sweeps import grid, measure, robustness, run
+from bnjax.sweeps import grid, robustness, store
 from bnjax.sweeps.plan import in_words
-from experiments import common
+from experiments import common, measure_width
 
 FLAGS = flags.FLAGS
 
@@ -60,20 +61,21 @@ flags.DEFINE_integer("data_seed", 0, "Draws the order of the data, shared by all
 # output
 flags.DEFINE_float("threshold", 0.8, "Fraction of the best median accuracy that counts as 'trains'.")
 flags.DEFINE_string("out", "results/init_robustness", "Output folder.")
-flags.DEFINE_bool("overwrite", False, "Replace results of another configuration in the output folder.")
+flags.DEFINE_bool("overwrite", False, "Replace results of another configuration, once these are complete.")
 flags.DEFINE_list(
-    "allow_changed", "", f"What may differ from results that are continued, of {', '.join(run.CHANGES)}."
+    "allow_changed", "", f"What may differ from results that are continued, of {', '.join(store.CHANGES)}."
 )
 flags.DEFINE_float("checkpoint_minutes", 5.0, "Most minutes of work that may be lost.", lower_bound=0.0)
 flags.DEFINE_bool("status", False, "Only say what of the results is done.")
-flags.DEFINE_string(
-    "plan", "auto", f"How width and segment are chosen, of {', '.join(measure.HOW)}: see bnjax.sweep."
-)
+flags.DEFINE_string("plan", None, "No longer taken: --width sets the width.")
+flags.DEFINE_integer("width", None, "Cells vmapped together on one device. Default: by size.", lower_bound=1)
 flags.DEFINE_integer(
-    "width", None, "Cells vmapped together on one device. Default: as planned.", lower_bound=1
+    "segment", None, "Most steps in one call of the program. Default: by size.", lower_bound=1
 )
-flags.DEFINE_integer(
-    "segment", None, "Most steps in one call of the program. Default: as planned.", lower_bound=1
+flags.DEFINE_bool(
+    "measure_width",
+    False,
+    "Only measure which width is fastest for these networks, and print a --width= for this machine.",
 )
 common.define_distributed()
 flags.DEFINE_integer("devices", None, "Local devices to use. Default: all.", lower_bound=1)
@@ -102,25 +104,29 @@ def main(argv: list[str]) -> None:
     path = Path(FLAGS.out).expanduser() / common.RESULTS
     try:
         if FLAGS.status:
-            common.console().print(common.status_table(path))
+            print(bnjax.status(path))
             return
         common.join_others()
         job = prepare(argv, path.parent)
-        if common.is_done(path) and not FLAGS.overwrite:
-            print(f"{path} is there: its cells are checked, and what is whole is not trained again.")
-        with common.replacing(path, FLAGS.overwrite and jax.process_index() == 0):
-            results = bnjax.sweep(
-                *job[:4],
-                hyper=job.hyper,
-                path=path,
-                allow_changed=FLAGS.allow_changed,
-                checkpoint_minutes=FLAGS.checkpoint_minutes,
-                about={"data": job.data_args, "command": common.command(SCRIPT)},
-                plan=FLAGS.plan,
-                width=FLAGS.width,
-                segment=FLAGS.segment,
-                devices=job.devices,
-            )
+        if FLAGS.measure_width:
+            width = measure_width.report(*job[:5], job.devices, common.console().print)
+            print(common.command(SCRIPT, width=width, measure_width=None))
+            return
+        with contextlib.suppress(ValueError):
+            if all(done == count for done, count in bnjax.status(path).cells.values()):
+                print(f"{path} is there: its cells are checked, and what is whole is not trained again.")
+        results = bnjax.sweep(
+            *job[:4],
+            hyper=job.hyper,
+            path=path,
+            overwrite=FLAGS.overwrite,
+            allow_changed=FLAGS.allow_changed,
+            checkpoint_minutes=FLAGS.checkpoint_minutes,
+            about={"data": job.data_args, "command": common.command(SCRIPT)},
+            width=FLAGS.width,
+            segment=FLAGS.segment,
+            devices=job.devices,
+        )
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         raise common.fail(str(error)) from None
     if "done" in results:
@@ -132,6 +138,10 @@ def main(argv: list[str]) -> None:
 def prepare(argv: list[str], folder: Path) -> Job:
     """The job, after every check that can be made before training."""
     common.check_arguments(argv)
+    if FLAGS.plan is not None:
+        raise ValueError(
+            f"--plan={FLAGS.plan} is no longer taken: the width is by size; --width sets another"
+        )
     if not 0 < FLAGS.threshold <= 1:
         raise ValueError(f"--threshold must be in (0, 1], got {FLAGS.threshold}")
     axes = {
@@ -155,7 +165,6 @@ def prepare(argv: list[str], folder: Path) -> Job:
             "input, and nothing can be learned. Use at least 2, or --norms=none"
         )
     choices.check("--dataset", FLAGS.dataset, bnjax.data.NAMES)
-    choices.check("--plan", FLAGS.plan, measure.HOW)
     data_args = {
         "name": FLAGS.dataset,
         "train_examples": FLAGS.train_examples,

@@ -37,6 +37,7 @@ flags.DEFINE_integer("seed", 0, "Draws samples and weights.", lower_bound=0)
 flags.DEFINE_integer("operator_samples", 65_536, "N for the operator's time and memory.", lower_bound=1)
 flags.DEFINE_string("out", "results/jacobian_check", "Output folder.")
 
+SCRIPT, FIGURE = "jacobian_check", "jacobian.png"
 FEATURES = 4
 
 
@@ -134,7 +135,7 @@ def operator_cost(samples: int) -> tuple[float, float, float]:
     return (time.perf_counter() - start) / 20, memory, 4.0 * samples**2
 
 
-def draw(path: Path) -> None:
+def draw():
     """The figure: J of one feature, samples in ascending order, and its eigenvalues beside numpy's."""
     from bnjax import plots
 
@@ -146,9 +147,7 @@ def draw(path: Path) -> None:
         spectrum = jacobian.spectrum(x, FLAGS.scale, FLAGS.epsilon, mask)[0]
         autodiff = jax.jacrev(lambda x: textbook(x, FLAGS.scale, FLAGS.epsilon, mask))(x)[:, 0, :, 0]
         title = f"N = {FLAGS.samples}, scale = {FLAGS.scale:g}, epsilon = {FLAGS.epsilon:g}"
-        plots.jacobian(
-            np.asarray(J), np.asarray(spectrum), np.linalg.eigvalsh(autodiff), title=title
-        ).savefig(path)
+        return plots.jacobian(np.asarray(J), np.asarray(spectrum), np.linalg.eigvalsh(autodiff), title=title)
 
 
 @common.interruptible()
@@ -168,8 +167,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--std must be above 0, got {FLAGS.std}")
         if not 0 < FLAGS.epsilon < math.inf:
             raise ValueError(f"--epsilon must be above 0 and finite, got {FLAGS.epsilon}")
-        common.check_writable(folder)
-        draw(folder / "jacobian.png")
+        common.check_out(folder, SCRIPT, FIGURE)
+        figure = common.save(draw(), folder / FIGURE, SCRIPT)
     except (ValueError, OSError, ImportError) as error:
         raise common.fail(str(error)) from None
     double, single = comparisons("float64"), comparisons("float32")
@@ -184,7 +183,7 @@ def main(argv: list[str]) -> None:
         f"J times a vector, N = {FLAGS.operator_samples:,}, one feature: {1e3 * seconds:.2f} ms, "
         f"{memory / 2**20:.2g} MiB of working memory; J itself would have {dense / 2**20:,.4g} MiB."
     )
-    print(f"Figure: {folder / 'jacobian.png'}")
+    print(f"Figure: {figure}")
     # Autodiff of the textbook formula loses the digits that the mean has over the standard deviation.
     limit = 1e-12 * max(1, abs(FLAGS.mean / FLAGS.std)) ** 2
     if max(error for _, error in double.values()) > limit:

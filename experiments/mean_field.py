@@ -31,12 +31,12 @@ from rich.table import Table
 import bnjax
 from bnjax import activations, batch_norm
 from bnjax.choices import check
-from bnjax.sweeps import store
 from bnjax.theory import mean_field
 from experiments import common
 
 FLAGS = flags.FLAGS
 
+SCRIPT = "mean_field"
 PARTS = ("growth", "epsilon", "chaos")
 MOST_Z = 4.0
 SMALLEST_WITH_VARIANCE = 6  # batch size; below it the squared gradient has no finite variance
@@ -509,7 +509,8 @@ def main(argv: list[str]) -> None:
     try:
         common.check_arguments(argv)
         names, batch_sizes = check_flags()
-        common.check_writable(folder)
+        drawn = [part + ".png" for part in FLAGS.parts if part in ("growth", "epsilon")]
+        common.check_out(folder, SCRIPT, common.RESULTS, *drawn)
         from bnjax import plots
     except (ValueError, OSError, ImportError) as error:
         raise common.fail(str(error)) from None
@@ -524,13 +525,13 @@ def main(argv: list[str]) -> None:
     console = common.console()
     figures = []
     if "growth" in parts:
-        plots.mean_field_growth(parts["growth"]).savefig(folder / "growth.png")
-        figures.append(folder / "growth.png")
+        figure = plots.mean_field_growth(parts["growth"])
+        figures.append(common.save(figure, folder / "growth.png", SCRIPT))
         console.print(growth_table(parts["growth"]))
     if "epsilon" in parts:
         title = f"epsilon {FLAGS.epsilon:g}, layer {FLAGS.epsilon_depth}, batch size {EPSILON_BATCH}"
-        plots.epsilon_threshold(parts["epsilon"], title=title).savefig(folder / "epsilon.png")
-        figures.append(folder / "epsilon.png")
+        figure = plots.epsilon_threshold(parts["epsilon"], title=title)
+        figures.append(common.save(figure, folder / "epsilon.png", SCRIPT))
         for table in epsilon_tables(parts["epsilon"]):
             console.print(table)
     if "chaos" in parts:
@@ -542,7 +543,7 @@ def main(argv: list[str]) -> None:
         ],
         combine_attrs="drop",
     )
-    store.save(merged, folder / common.RESULTS, overwrite=True)
+    path = common.save(merged, folder / common.RESULTS, SCRIPT)
     far = []
     for key in ("growth", "chaos"):
         if key in parts:
@@ -558,7 +559,7 @@ def main(argv: list[str]) -> None:
     if "epsilon" in parts:
         off = np.abs(parts["epsilon"].threshold / parts["epsilon"].threshold_theory - 1)
         print(f"Measured and predicted thresholds differ by {100 * float(off.max()):.2f}% at most.")
-    print(f"Figures: {', '.join(map(str, figures)) or 'none'}; results: {folder / common.RESULTS}")
+    print(f"Figures: {', '.join(map(str, figures)) or 'none'}; results: {path}")
     if far:
         raise common.fail(
             f"theory and measurement differ by {MOST_Z:g} standard errors or more, or not by a finite number of them: "

@@ -30,7 +30,6 @@ from rich.table import Table
 
 import bnjax
 from bnjax import activations, choices
-from bnjax.sweeps import store
 from experiments import common
 from experiments.scaling import fixed_epsilon, laws, networks, trajectories
 from experiments.scaling.text import grows_as, make_table, measured_range, number, power, span
@@ -49,6 +48,7 @@ flags.DEFINE_float("learning_rate", 0.1, "At a = 1.")
 flags.DEFINE_integer("seed", 0, "Draws the network and the data.", lower_bound=0)
 flags.DEFINE_string("out", "results/scale_laws", "Output folder.")
 
+SCRIPT, FIGURE = "scale_laws", "scale_laws.png"
 NORMS = "batch", "none"
 LARGEST_EXPONENT = 60  # float32 has room for 2^k W, a gradient's 2^-k, and a learning rate of 4^k times 0.1
 LARGEST_GAP = 1e-6  # relative, between the three sides of the inner-product identity in float64
@@ -273,17 +273,17 @@ def answer(results: xr.Dataset) -> dict[str, str]:
     return found
 
 
-def draw(results: xr.Dataset, path: Path) -> None:
+def draw(results: xr.Dataset):
     """The figure."""
     from bnjax import plots
 
-    plots.scale_laws(
+    return plots.scale_laws(
         results[["trajectory", "trajectory_float64"]],
         results[["measured", "first_order"]].sel(predicted="outputs"),
         exact="" if laws.broken(results) else f"a = 2^k, |k| ≤ {FLAGS.exponent}: exactly 0",
         title=f"W → aW in {FLAGS.depth} layers of {FLAGS.width} with BN; SGD, learning rate "
         f"{FLAGS.learning_rate:g} a², momentum {trajectories.MOMENTUM:g}, batch {FLAGS.batch_size}",
-    ).savefig(path)
+    )
 
 
 @common.interruptible()
@@ -296,7 +296,7 @@ def main(argv: list[str]) -> None:
         factors, epsilons = check_flags()
         from bnjax import plots  # noqa: F401  before any work is done
 
-        common.check_writable(folder)
+        common.check_out(folder, SCRIPT, common.RESULTS, FIGURE)
     except (ValueError, OSError, ImportError) as error:
         raise common.fail(str(error)) from None
     jobs = measurements(factors, epsilons)
@@ -304,17 +304,16 @@ def main(argv: list[str]) -> None:
         parts = [job() for job in track(jobs, "measuring", console=Console(stderr=True), transient=True)]
     results = xr.merge(parts, join="outer", compat="no_conflicts")
     results.attrs = {
-        "command": common.command("scale_laws"),
         "device": jax.devices()[0].device_kind,
         "versions": {"bnjax": bnjax.__version__, "jax": jax.__version__},
         "answer": answer(results),
     }
-    store.save(results, folder / common.RESULTS, overwrite=True)
-    draw(results, folder / "scale_laws.png")
+    path = common.save(results, folder / common.RESULTS, SCRIPT)
+    figure = common.save(draw(results), folder / FIGURE, SCRIPT)
     for table in powers_table, epsilon_table, growth_table, laws_table:
         common.console().print(table(results))
     print(*results.attrs["answer"].values(), sep="\n")
-    print(f"Figure: {folder / 'scale_laws.png'}. All measurements: {folder / common.RESULTS}")
+    print(f"Figure: {figure}. All measurements: {path}")
     if not np.isfinite(results.trajectory_norm).all():
         raise common.fail(
             f"training at a = 1 is not finite: --learning_rate={FLAGS.learning_rate} is too large"

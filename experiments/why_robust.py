@@ -32,7 +32,7 @@ from rich.table import Table
 import bnjax
 from bnjax import choices
 from bnjax.data import synthetic
-from bnjax.sweeps import grid, store
+from bnjax.sweeps import grid
 from experiments import common
 from experiments.controls import depth, detached, dip, evaluation, frozen, norms, rates
 from experiments.controls.common import MOMENTUM, Finding, Setup, verdict
@@ -178,7 +178,9 @@ def prepare(argv: list[str], folder: Path) -> Setup:
         steps=texts["steps"], batch_size=FLAGS.batch_size, eval_every=max(1, texts["steps"] // 10)
     )
     choices.check("--dataset", FLAGS.dataset, bnjax.data.NAMES)
-    common.check_writable(folder)
+    common.check_out(
+        folder, SCRIPT, *(f"{name}.{kind}" for name in FLAGS.controls for kind in ("zarr", "png"))
+    )
     ds = bnjax.data.load(
         FLAGS.dataset,
         data_dir=FLAGS.data_dir,
@@ -260,10 +262,9 @@ def main(argv: list[str]) -> None:
     for i, name in enumerate(FLAGS.controls):
         control = CONTROLS[name]
         results = control.measure(setup)
-        results.attrs |= {"command": common.command(SCRIPT), "control": name}
-        path = folder / f"{name}.zarr"
-        store.save(results, path, overwrite=True)
-        control.draw(results).savefig(path.with_suffix(".png"))
+        results.attrs["control"] = name
+        common.save(results, folder / f"{name}.zarr", SCRIPT)
+        common.save(control.draw(results), folder / f"{name}.png", SCRIPT)
         findings[name] = control.judge(results)
         console.rule(f"{name}: {control.question}", align="left")
         console.print(control.explanation, highlight=False)

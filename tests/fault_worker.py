@@ -1,39 +1,32 @@
 """A small sweep into a folder, in a process of its own, for tests that do it harm.
 
-    python -m tests.fault_worker '{"path": "...", "seeds": 4}'     one sweep; its options are those of `work`
-    python -m tests.fault_worker                                   a server: a line of options on standard input
-                                                                   starts a process for them, forked before JAX starts
-
-The server answers the pid at once, and the exit status (as subprocess gives it) when the process has ended.
+python -m tests.fault_worker '{"path": "...", "seeds": 4}'     its options are those of `work`
 """
 
+import itertools
 import json
 import os
-import random
 import resource
+import shutil
 import signal
 import sys
 import time
-import uuid
-import warnings
 from pathlib import Path
 from types import MappingProxyType
 
 import jax
 import numpy as np
-from zarr.storage import LocalStore
 
 import bnjax
-from bnjax.sweeps import leases, plan, storage, store
+from bnjax.sweeps import files, store
 
 CONFIG = bnjax.TrainConfig(steps=6, batch_size=16, eval_every=2)
 RATES = (0.1, 1e30)  # the second is not finite from the first step on
 MODELS = MappingProxyType({"mlp": bnjax.mlp((4,), 3)})
-GROUPS = 1  # in a chunk, which then is the two cells of a seed: one for each of two devices
 
 
-def data():
-    rng = np.random.default_rng(0)
+def data(seed=0):
+    rng = np.random.default_rng(seed)
 
     def draw(n):
         return rng.normal(size=(n, 6)).astype(np.float32), rng.integers(3, size=n).astype(np.int32)
@@ -41,145 +34,82 @@ def data():
     return bnjax.Dataset(*draw(64), *draw(32))
 
 
-def sweep(path, seeds=4, **options):
-    """Two cells a seed, one chunk a seed; three calls of the compiled program a chunk, a checkpoint after each."""
-    axes = {"seed": range(seeds), "learning_rate": RATES}
+def sweep(path, seeds=4, of=0, **options):
+    """Two cells a seed, which are a group and a part; three calls of the compiled program each, states in between.
+
+    What is `of` other data is another sweep, at the price of no compilation.
+    """
+    axes = {"seed": range(seeds) if isinstance(seeds, int) else seeds, "learning_rate": RATES}
     given = {"width": 1, "segment": 2, "checkpoint_minutes": 0, "progress": False}
-    return bnjax.sweep(dict(MODELS), data(), CONFIG, axes, path=path, **given | options)
+    return bnjax.sweep(dict(MODELS), data(of), CONFIG, axes, path=path, **given | options)
 
 
-def die_in(what, times):
-    """Has the process die in its `times`-th write of a "value", "ledger" entry or "checkpoint", half of it written."""
-    left = [times]
+def watch(step, setattr=setattr):
+    """Calls `step(kind, half)` before each operation on the disk; `half()` does half of it.
 
-    def before(store, key, value):
-        left[0] -= kind(key) == what
-        if left[0] == 0:
-            leave_part(store, key, value)
+    Kinds: writes into "log", "parts", "states", "lock" or the "export"; or the name of the function.
+    """
+
+    def watched(owner, name, kind_of=None, halved=None):
+        whole = getattr(owner, name)
+
+        def call(*args, **options):
+            step(kind_of(*args) if kind_of else name, lambda: halved and whole(*halved(*args)))
+            return whole(*args, **options)
+
+        setattr(owner, name, call)
+
+    def kind_of(file, data):
+        folder = Path(file.name).parent
+        return folder.name if folder.parent.name == "bnjax" else "export"
+
+    watched(files, "_write", kind_of, lambda file, data: (file, data[: len(data) // 2]))
+    watched(os, "pwrite", lambda *_: "lock", lambda file, data, at: (file, data[: len(data) // 2], at))
+    for owner, names in {
+        os: ("link", "truncate"),
+        Path: ("mkdir", "replace", "unlink"),
+        shutil: ["rmtree"],
+    }.items():
+        for name in names:
+            watched(owner, name)
+
+
+def work(path, log=None, die=None, limit=None, pause=None, peak=None, **options):
+    """The sweep at `path`, with something done to it; raises what the sweep raises, and prints it into the file `log`.
+
+    It dies in the half of an operation on the disk, die = (kind, number); or after `limit` commits no file may grow:
+    the system refuses, as when it is full. Each commit waits for the file `pause`. `peak`: a file for its most memory.
+    """
+    jax.config.update("jax_num_cpu_devices", 2)
+    if log:
+        file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+    commit, numbers, deadline = store.Store.commit, itertools.count(), time.monotonic() + 60
+    operations = itertools.count(1)
+
+    def step(kind, half):
+        if die and kind == die[0] and next(operations) == die[1]:
+            half()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    on_writes(before)
-
-
-def leave_part(store, key, value):
-    """What is left of a write into a folder that was cut off: it goes to another name first."""
-    path = (Path(store.root) / key).with_suffix(f".{uuid.uuid4().hex}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(value.to_bytes()[: len(value) // 2])
-
-
-def on_writes(before, setattr=setattr):
-    """Calls `before(store, key, value)` before each write of a file."""
-
-    def watched(whole):
-        async def write(self, key, value):
-            before(self, key, value)
-            await whole(self, key, value)
-
-        return write
-
-    for name in ("set", "set_if_not_exists"):
-        setattr(LocalStore, name, watched(getattr(LocalStore, name)))
-
-
-def kind(key):
-    """Of a file: "value" (of a variable or a coordinate), "ledger", "checkpoint", "lease" or "frame"."""
-    parts = key.split("/")
-    if parts[0] == "bnjax" and len(parts) > 2:
-        return parts[1]
-    return "value" if "c" in parts[1:-1] else "frame"
-
-
-def limit_file_size(after, size):
-    """After so many commits no file may grow beyond `size` bytes: the system refuses, as when it is full."""
-    whole, left, unlimited = store.Store.commit, [after], resource.RLIM_INFINITY
-
-    def commit(self, *args):
-        left[0] -= 1
-        if left[0] < 0:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited))
-        try:
-            whole(self, *args)
-        finally:  # what is written about it is no part of this
-            resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
-
-    store.Store.commit = commit
-
-
-def pause_until(path):
-    """Waits with its first commit until there is this file."""
-    whole = store.Store.commit
-
-    def commit(self, *args):
-        until = time.monotonic() + 60
-        while not Path(path).exists() and time.monotonic() < until:
+    def disturbed(self, *args):
+        while pause and not Path(pause).exists() and time.monotonic() < deadline:
             time.sleep(0.02)
-        whole(self, *args)
-
-    store.Store.commit = commit
-
-
-def take_and_drop_the_lease(path, seconds, seed):
-    """Takes it for moments, and at times dies with it. Raises RuntimeError if another living process has it, too."""
-    draw, until = random.Random(seed), time.monotonic() + seconds
-    mine = Path(path) / f"holder-{os.getpid()}"
-    while time.monotonic() < until:
+        if limit is not None and next(numbers) >= limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
         try:
-            with leases.lease(storage.Files(Path(path) / "r.zarr")):
-                mine.touch()
-                time.sleep(draw.uniform(0, 0.003))
-                if draw.random() < 0.1:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                holders = {int(p.name.partition("-")[2]) for p in mine.parent.glob("holder-*")} - {
-                    os.getpid()
-                }
-                if living := [pid for pid in holders if leases._born(pid)]:
-                    raise RuntimeError(f"{living} have it, too")
-                mine.unlink()
-        except leases.Busy:
-            time.sleep(draw.uniform(0, 0.002))
+            commit(self, *args)
+        finally:  # what is written about it is no part of this
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
-
-def work(path, die=None, limit=None, pause=None, leases=None, groups=GROUPS, peak=None, **options):
-    """The sweep at `path`, with something done to it; raises what the sweep raises. `peak`: a file for its memory."""
-    plan.GROUPS = groups
-    if die:
-        die_in(*die)
-    if limit:
-        limit_file_size(*limit)
-    if pause:
-        pause_until(pause)
-    if leases:
-        take_and_drop_the_lease(path, *leases)
-    else:
-        sweep(path, **options)
+    watch(step)
+    store.Store.commit = disturbed
+    sweep(path, **options)
     if peak:
         (line,) = (text for text in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in text)
         Path(peak).write_text(line.split()[1])
 
 
-def serve():
-    """See the top of this file."""
-    warnings.simplefilter("ignore", RuntimeWarning)  # that JAX has threads, which it has not yet
-    for line in sys.stdin:
-        options = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            break
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-    else:
-        return
-    log = os.open(options.pop("log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(0)
-    work(**options)
-
-
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", 2)
-    if len(sys.argv) > 1:
-        work(**json.loads(sys.argv[1]))
-    else:
-        serve()
+    work(**json.loads(sys.argv[1]))

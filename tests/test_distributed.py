@@ -14,7 +14,7 @@ import pytest
 import xarray as xr
 
 import bnjax
-from bnjax.sweeps import leases, plan, storage
+from bnjax.sweeps import files, run
 
 ROOT = Path(__file__).parents[1]
 WORKER = """
@@ -33,12 +33,12 @@ print("all done", "done" not in found, flush=True)
 
 
 def sweep(path, width=2, **options):
-    """10 chunks of 2 cells (at that width), on one device."""
+    """10 parts of 2 cells (at that width), on one device."""
     import jax
 
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(128, 12)).astype(np.float32), rng.integers(4, size=128).astype(np.int32)
-    groups, plan.GROUPS = plan.GROUPS, 1
+    groups, run.GROUPS = run.GROUPS, 1
     try:
         return bnjax.sweep(
             bnjax.mlp((8,), 4),
@@ -52,7 +52,7 @@ def sweep(path, width=2, **options):
             **options,
         )
     finally:
-        plan.GROUPS = groups
+        run.GROUPS = groups
 
 
 def start(path, count, **options):
@@ -86,34 +86,25 @@ def test_shares_are_the_whole(tmp_path, count):
     finish(start(tmp_path / "r.zarr", count))
     found = bnjax.load_results(tmp_path / "r.zarr")
     xr.testing.assert_equal(found, sweep(None))
-    assert leases.writers(storage.Files(tmp_path / "r.zarr")) == []
-
-
-@pytest.mark.slow
-def test_the_first_one_s_measured_plan_is_that_of_all(tmp_path):
-    finish(start(tmp_path / "r.zarr", 2, width=None, plan="measure"))
-    found = bnjax.load_results(tmp_path / "r.zarr")
-    (planned,) = found.attrs["plan"].values()
-    assert planned["measured"]
-    xr.testing.assert_equal(found, sweep(None, width=planned["width"]))
+    assert not any(files.Folder(tmp_path / "r.zarr").writer(i)[1] for i in range(count))
 
 
 @pytest.mark.slow
 def test_one_is_killed_and_another_number_goes_on(tmp_path):
     path = tmp_path / "r.zarr"
     processes = start(path, 2)
-    ledger = path / "bnjax" / "ledger"
+    parts = path / "bnjax" / "parts"
     until = time.monotonic() + 120
-    while not (ledger.exists() and any(ledger.iterdir())) and time.monotonic() < until:
+    while not files.Folder(path).list("bnjax/parts") and time.monotonic() < until:
         time.sleep(0.01)
     processes[1].send_signal(signal.SIGKILL)
     processes[0].kill()  # JAX would end it, too, but only when it has missed the other for 100 s
     for process in processes:
         process.communicate(timeout=60)
-    done = {p.name: p.read_bytes() for p in ledger.iterdir()}
+    done = {name: (parts / name).read_bytes() for name in files.Folder(path).list("bnjax/parts")}
     assert done
     finish(start(path, 3))
-    assert {name: (ledger / name).read_bytes() for name in done} == done
+    assert {name: (parts / name).read_bytes() for name in done} == done
     xr.testing.assert_equal(bnjax.load_results(path), sweep(None))
 
 

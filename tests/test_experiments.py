@@ -68,11 +68,6 @@ class TestBenchmark:
         with pytest.raises(SystemExit, match="--shapes names a shape twice: 8x4,8X4"):
             main("benchmark", shapes="8x4,8X4")
 
-    def test_existing_results_are_kept(self, main, tmp_path):
-        (tmp_path / "out" / "results.zarr").mkdir(parents=True)
-        with pytest.raises(SystemExit, match="holds results already"):
-            main("benchmark", **TINY)
-
 
 class TestJacobianCheck:
     @pytest.mark.slow

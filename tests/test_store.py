@@ -1,309 +1,162 @@
-"""Sweeps that last: committed chunk by chunk, stopped and continued, extended, and by one writer only."""
+"""Sweeps that last: stopped and continued, extended, overwritten, changed, exported, in buckets, and read meanwhile."""
 
 import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import threading
-import time
+import sys
+import zipfile
+from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 
 import jax
 import numpy as np
+import obstore.store
 import pytest
 import xarray as xr
 import zarr
 
 import bnjax
-from bnjax.sweeps import exchange, leases, plan, program, record, run, storage, store
-from bnjax.training import pieces
+import bnjax.__main__
+from bnjax import training
+from bnjax.sweeps import files, grid, layout, program, provenance, run, store
 
-MODEL = bnjax.mlp((8, 8), 4)
-CONFIG = bnjax.TrainConfig(steps=11, batch_size=32, eval_every=4)
+MODEL, OTHER = bnjax.mlp((8,), 4), bnjax.mlp((8,), 4, norm="none")
+CONFIG = bnjax.TrainConfig(steps=4, batch_size=32, eval_every=2)
 AXES = MappingProxyType({"seed": range(3), "init_scale": (0.1, 1.0, 10.0), "learning_rate": (0.1, 1e30)})
+FEW, MORE, SIX = {"seed": (1, 2)}, {"seed": (3, 2, 1)}, {"seed": range(6)}
 PROBE = bnjax.probes.weights(MODEL, (12,))
-
-
-@pytest.fixture
-def sweep(blobs, tmp_path, monkeypatch):
-    """At width 2, chunks of one group, segments of 3 steps, with a probe; at tmp_path/r.zarr unless told."""
-    monkeypatch.setattr(plan, "GROUPS", 1)
-
-    def call(axes=AXES, model=MODEL, config=CONFIG, ds=blobs, **options):
-        given = {"width": 2, "segment": 3, "probe": PROBE, "progress": False, "path": tmp_path / "r.zarr"}
-        return bnjax.sweep(model, ds, config, axes, **given | options)
-
-    return call
+GOLDEN = Path(__file__).with_name("golden") / "earlier_format.zip"
 
 
 class Died(BaseException):
     """Not an error: nothing in the package catches it."""
 
 
-def dying(monkeypatch, method, times):
-    """Lets that method of a store do its work, and die after the given number of calls."""
-    whole, left = getattr(store.Store, method), [times]
+class Sweep:
+    """At width 2, on two devices, a part for each group, segments of 2 steps; at `path` unless told."""
 
-    def call(self, *args):
-        whole(self, *args)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Died
+    def __init__(self, ds, path):
+        self.ds, self.path, self.trained = ds, path, []  # (seed, init_scale) of the cells
 
-    monkeypatch.setattr(store.Store, method, call)
+    def __call__(self, axes=AXES, model=MODEL, config=CONFIG, **options):
+        given = {"ds": self.ds, "width": 2, "segment": 2, "progress": False, "path": self.path} | options
+        return bnjax.sweep(model, given.pop("ds"), config, axes, **given)
+
+    def right(self, *args, **options):
+        """The same, after it was compared with the same sweep in memory, and with what `load_results` finds."""
+        found, count = self(*args, **options), len(self.trained)
+        xr.testing.assert_equal(found, self(*args, **options | {"path": None}))
+        del self.trained[count:]
+        xr.testing.assert_identical(found, bnjax.load_results(options.get("path", self.path)))
+        return found
+
+    def refused(self, words, *args, **options):
+        with pytest.raises(ValueError, match=words):
+            self(*args, **options)
+
+    def killed(self, times, *args, method="commit", **options):
+        """Dead after so many of its commits, or of a store's other method; False if it had fewer."""
+        whole, left = getattr(store.Store, method), [times]
+
+        def dying(*args):
+            found = whole(*args)
+            left[0] -= 1
+            if left[0] == 0:
+                raise Died
+            return found
+
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Died):
+            patch.setattr(store.Store, method, dying)
+            self(*args, **options)
+        self.trained.clear()
+        return left[0] == 0
+
+    def load(self):
+        return bnjax.load_results(self.path)
+
+    def opened(self):
+        with xr.open_zarr(self.path, consolidated=False) as opened:
+            return opened.load()
+
+    def kept(self, folder):
+        return files.Folder(self.path).list(f"bnjax/{folder}")
+
+    def identities(self):
+        return {name.rpartition("-")[0] for name in self.kept("parts")}
 
 
-class TestPieces:
-    @pytest.mark.parametrize("every", [None, 1, 4, 5, 11, 12])
-    @pytest.mark.parametrize("segment", [None, 1, 2, 4, 5, 9, 11, 20])
-    def test_are_the_run(self, every, segment):
-        config = bnjax.TrainConfig(steps=11, eval_every=every)
-        first, evaluated = 0, []
-        for start, steps, evaluations in pieces(config, segment):
-            assert start == first
-            assert 1 <= steps <= (segment or 11)
-            evaluated += [start + steps * (i + 1) // evaluations for i in range(evaluations)]
-            first += steps
-        assert first == 11
-        assert tuple(evaluated) == config.eval_steps
+@pytest.fixture
+def sweep(blobs, tmp_path, monkeypatch):
+    found, whole = Sweep(blobs, tmp_path / "r.zarr"), program.run_group
 
-    def test_are_few(self):
-        assert pieces(CONFIG) == [(0, 8, 2), (8, 3, 1)]
+    def seen(*args):
+        found.trained.extend(zip(*(values.tolist() for values in args[3][:2]), strict=True))
+        return whole(*args)
+
+    monkeypatch.setattr(program, "run_group", seen)
+    monkeypatch.setattr(run, "GROUPS", 1)
+    return found
 
 
 class TestResume:
-    @pytest.mark.slow
     def test_is_the_same_in_memory_and_on_disk(self, sweep):
-        xr.testing.assert_equal(sweep(), sweep(path=None))
+        sweep.right(probe=PROBE)
 
     @pytest.mark.slow
     def test_segments_change_nothing_but_rounding(self, sweep):
         """11 steps amplify 1e-7 to less than 1e-4; an angle near 0 is the root of a rounding error."""
-        one, other = sweep(), sweep(path=None, segment=None)
+        options = {"config": bnjax.TrainConfig(steps=11, batch_size=32, eval_every=4), "probe": PROBE}
+        one, other = sweep(**options, segment=3), sweep(**options, path=None, segment=None)
         xr.testing.assert_allclose(one.drop_vars("angle"), other.drop_vars("angle"), rtol=1e-4)
         np.testing.assert_allclose(one.angle, other.angle, rtol=1e-4, atol=0.1)
 
-    @pytest.mark.parametrize(
-        ("method", "times"),
-        [("save_checkpoint", 2), *(pytest.param("commit", n, marks=pytest.mark.slow) for n in (1, 4))],
-    )
-    def test_ends_as_if_it_had_never_stopped(self, sweep, monkeypatch, method, times):
-        with monkeypatch.context() as patch:
-            dying(patch, method, times)
-            with pytest.raises(Died):
-                sweep(checkpoint_minutes=0)
-        xr.testing.assert_equal(sweep(checkpoint_minutes=0), sweep(path=None))
+    @pytest.mark.parametrize(("method", "times"), [("save_state", 2), ("commit", 1), ("commit", 4)])
+    def test_ends_as_if_it_had_never_stopped(self, sweep, method, times):
+        assert sweep.killed(times, method=method, checkpoint_minutes=0, probe=PROBE)
+        sweep.right(checkpoint_minutes=0, probe=PROBE)
+        assert sweep.kept("states") == []
 
     @pytest.mark.slow
-    def test_dies_at_every_checkpoint_on_changing_devices(self, sweep, monkeypatch):
+    def test_dies_at_every_state_on_changing_devices(self, sweep):
+        options = {"config": bnjax.TrainConfig(11, 32, eval_every=4), "segment": 3, "checkpoint_minutes": 0}
         deaths = 0
-        while True:
-            with monkeypatch.context() as patch, contextlib.suppress(Died):
-                dying(patch, "save_checkpoint", 2)
-                found = sweep(checkpoint_minutes=0, devices=jax.devices()[: 1 + deaths % 2])
-                break
+        while sweep.killed(2, method="save_state", devices=jax.devices()[: 1 + deaths % 2], **options):
             deaths += 1
         assert deaths > 5
-        xr.testing.assert_equal(found, sweep(path=None))
-
-    def test_what_is_done_is_not_trained_again(self, sweep, monkeypatch):
-        first = sweep()
-        monkeypatch.setattr(run, "train_chunk", lambda *_, **__: pytest.fail("trained again"))
-        xr.testing.assert_identical(sweep(), first)
-
-    def test_width_and_segment_are_those_of_the_results(self, sweep):
-        first = sweep()
-        assert sweep(width=None, segment=None).attrs["plan"] == first.attrs["plan"]
-
-    def test_half_done_results_say_what_is_done(self, sweep, monkeypatch, tmp_path):
-        with monkeypatch.context() as patch:
-            dying(patch, "commit", 2)
-            with pytest.raises(Died):
-                sweep()
-        found = bnjax.load_results(tmp_path / "r.zarr")
-        whole = sweep(path=None)
-        assert found.done.values.ravel().tolist() == [True] * 6 + [False] * 12
-        assert (found.test_loss.where(found.done) == whole.test_loss).sum() == 6 * 3
-        assert found.test_loss.where(~found.done).isnull().all()
-        with pytest.raises(KeyError):
-            whole["done"]
-
-    def test_that_begins_while_it_is_read(self, sweep, monkeypatch, tmp_path):
-        """The reader finds nothing; then the writer writes all but a ledger entry; then the reader goes on."""
-        path, first = tmp_path / "r.zarr", store.read_layout
-
-        def late(files):
-            found = first(files)
-            monkeypatch.setattr(store, "read_layout", first)
-            with monkeypatch.context() as patch:
-                patch.setattr(store, "digest", dies)
-                with pytest.raises(Died):
-                    sweep()
-            return found
-
-        def dies(values):
-            raise Died
-
-        monkeypatch.setattr(store, "read_layout", late)
-        found = bnjax.load_results(path)
-        assert not found.done.any()
-        assert (found.diverged_step == -1).all()
-        assert found.attrs == bnjax.load_results(path).attrs
-
-    def test_a_user_may_read_it_with_xarray_alone(self, sweep, tmp_path):
-        found = sweep()
-        with xr.open_zarr(tmp_path / "r.zarr", consolidated=False) as opened:
-            assert opened.done.all()
-            xr.testing.assert_equal(opened.drop_vars("done").load(), found)
-
-    def test_any_store_of_zarr(self, sweep):
-        memory = zarr.storage.MemoryStore()
-        xr.testing.assert_equal(sweep(path=memory), sweep(path=None))
-        xr.testing.assert_equal(bnjax.load_results(memory), sweep(path=memory))
+        sweep.right(**options)
+        assert sweep.trained == []
 
     @pytest.mark.slow
-    def test_several_models(self, sweep):
-        models = {"a": MODEL, "b": bnjax.mlp((8, 8), 4, norm="none")}
-        options = {"model": models, "probe": None, "segment": None}
-        xr.testing.assert_equal(
-            sweep({"seed": range(3)}, **options), sweep({"seed": range(3)}, **options, path=None)
-        )
+    def test_goes_on_from_the_furthest_state(self, sweep, monkeypatch):
+        """Of the group's several, which are there if a process dies before it has removed those that are behind."""
+        options = {"method": "save_state", "checkpoint_minutes": 0, "segment": 1}
+        for times in (2, 1):
+            assert sweep.killed(times, {"seed": range(4)}, **options)
+        begun, whole = [], program.run_group
+        monkeypatch.setattr(program, "run_group", lambda *args: begun.append(args[-1]) or whole(*args))
+        sweep.right({"seed": range(4)}, segment=1)
+        assert [halfway and halfway.at for halfway in begun] == [3, None]  # and the one in memory
 
+    def test_what_is_done_is_not_trained_again(self, sweep):
+        first = sweep()
+        assert len(sweep.trained) == 18
+        xr.testing.assert_identical(sweep(), first)
+        for axes in (AXES, {**AXES, "seed": range(4)}):
+            assert sweep(axes, width=None, segment=None).attrs["plan"] == first.attrs["plan"]
+        assert len(sweep.trained) == 24
+        assert len(sweep.kept("log")) == 1
 
-class TestReadMeanwhile:
-    """Something happens once, before or after the reader has looked what there is."""
-
-    @pytest.fixture
-    def once(self, monkeypatch):
-        def call(action, where="read_layout", before=False):
-            whole, module = (
-                (store.xr.open_zarr, store.xr) if where == "open_zarr" else (store.read_layout, store)
-            )
-
-            def changed(*args, **options):
-                monkeypatch.setattr(module, where, whole)
-                if before:
-                    action()
-                found = whole(*args, **options)
-                if not before:
-                    action()
-                return found
-
-            monkeypatch.setattr(module, where, changed)
-
-        return call
-
-    @pytest.mark.parametrize("before", [False, True])
-    @pytest.mark.parametrize("what", ["moved away", "another saved", "begun again"])
-    def test_finds_one_or_the_other_whole(self, sweep, once, tmp_path, what, before):
-        path, aside = tmp_path / "r.zarr", tmp_path / "aside"
-        one, other = sweep({"seed": (1, 2)}), sweep({"seed": (3,)}, path=None)
-
-        def begun_again():
-            path.rename(aside)
-            sweep({"seed": (1, 2)}, config=dataclasses.replace(CONFIG, data_seed=1))
-
-        once(
-            {
-                "moved away": lambda: path.rename(exchange.replaced(path)),
-                "another saved": lambda: store.save(other, path, overwrite=True),
-                "begun again": begun_again,
-            }[what],
-            before=before,
-        )
-        found = bnjax.load_results(path)
-        assert found.identical(
-            {"moved away": one, "another saved": other}.get(what, bnjax.load_results(path))
-        )
-        assert not found.equals(one) or what == "moved away"
-
-    def test_away_and_back(self, sweep, once, monkeypatch, tmp_path):
-        """While the ledger is listed, as a run with --overwrite does that fails."""
-        path, aside = tmp_path / "r.zarr", tmp_path / "aside"
-        one, whole = sweep({"seed": (1, 2)}), storage.Files.list
-
-        def without(*args):
-            monkeypatch.setattr(storage.Files, "list", whole)
-            found = whole(*args)
-            aside.rename(path)
-            return found
-
-        def away():
-            path.rename(aside)
-            monkeypatch.setattr(storage.Files, "list", without)
-
-        once(away)
-        assert bnjax.load_results(path).identical(one)
-
-    def test_removed(self, sweep, once, tmp_path):
-        sweep({"seed": (1,)})
-        once(lambda: shutil.rmtree(tmp_path / "r.zarr"))
-        with pytest.raises(FileNotFoundError, match="no results at"):
-            bnjax.load_results(tmp_path / "r.zarr")
-
-    def test_extended_to_what_has_no_chunk_yet(self, sweep, once, monkeypatch, tmp_path):
-        """The two cells that are done are a part of the new grid's only chunk: in its checkpoint."""
-        monkeypatch.setattr(plan, "GROUPS", 100)
-        sweep({"seed": (1, 2)})
-
-        def extended():
-            with monkeypatch.context() as patch:
-                patch.setattr(store.Store, "commit", dies)
-                with pytest.raises(Died):
-                    sweep({"seed": (1, 2, 3)})
-
-        def dies(*args):
-            raise Died
-
-        once(extended)
-        assert bnjax.load_results(tmp_path / "r.zarr").sizes["seed"] == 3
-
-    def test_saved_results_by_others(self, once, tmp_path):
-        """Between the variables' names and their values; of another shape, and of the same."""
-        for n in (5, 9, 9):
-            results = xr.Dataset({name: ("i", np.full(n, float(n))) for name in "abc"}, attrs={"n": n})
-            if n > 5:
-                once(lambda results=results: store.save(results, tmp_path / "r", overwrite=True), "open_zarr")
-                assert bnjax.load_results(tmp_path / "r").identical(results)
-            store.save(results, tmp_path / "r", overwrite=True)
-
-    def test_begun_and_removed(self, sweep, monkeypatch, once, tmp_path):
-        """What was read had no ledger then; it is not taken for results that were saved at once."""
-        path = tmp_path / "r.zarr"
-        open_zarr = xr.open_zarr
-
-        def opened(*args, **options):
-            found = open_zarr(*args, **options).load()
-            shutil.rmtree(path)
-            return found
-
-        once(lambda: sweep({"seed": (1, 2)}))
-        monkeypatch.setattr(store.xr, "open_zarr", opened)
-        with pytest.raises(FileNotFoundError, match="no results at"):
-            bnjax.load_results(path)
-
-
-def test_what_xarray_opened_may_be_saved(sweep, tmp_path):
-    found = sweep({"seed": (1, 2)})
-    with xr.open_zarr(tmp_path / "r.zarr", consolidated=False) as opened:
-        store.save(opened.load(), tmp_path / "s.zarr")
-    assert bnjax.load_results(tmp_path / "s.zarr").drop_vars("done").equals(found)
-
-
-def test_another_format_of_zarr_is_not_read(sweep, tmp_path):
-    sweep({"seed": (1,)})
-    found = xr.open_zarr(tmp_path / "r.zarr", consolidated=False).load()
-    found.drop_encoding().to_zarr(tmp_path / "v2.zarr", zarr_format=2, consolidated=False)
-    with pytest.raises(FileNotFoundError, match="no results at"):
-        bnjax.load_results(tmp_path / "v2.zarr")
-
-
-def test_saved_attributes_may_have_any_name(tmp_path):
-    results = xr.Dataset({"a": 1.0}, attrs={"layout": "NHWC", "models": {"": {"layout": "NHWC"}}})
-    store.save(results, tmp_path / "r.zarr")
-    assert bnjax.load_results(tmp_path / "r.zarr").identical(results)
+    def test_half_done_results_say_what_is_done(self, sweep):
+        sweep.killed(2)
+        found, whole = sweep.load(), sweep(path=None)
+        assert found.done.values.ravel().tolist() == [True] * 8 + [False] * 10
+        assert found.test_loss.equals(whole.test_loss.where(found.done))
+        assert found.diverged.equals(whole.diverged & found.done)
+        assert found.diverged_step.equals(whole.diverged_step.where(found.done, -1))
+        assert "done" not in whole
 
 
 class TestExtension:
@@ -311,279 +164,519 @@ class TestExtension:
         {"init_scale": (10.0, 0.1, 0.5, 1.0), "learning_rate": (1e30, 0.1), "seed": (7, 0, 2, 1)}
     )
 
-    def test_keeps_what_is_done(self, sweep, monkeypatch):
+    def test_keeps_what_is_done(self, sweep):
         sweep()
-        trained = []
+        sweep.trained.clear()
+        sweep.right(self.LARGER)
+        scales = np.float32([0.1, 0.5, 1.0, 10.0])
+        new = {(seed, scale) for seed in (7, 0, 1, 2) for scale in scales if seed == 7 or scale == 0.5}
+        assert {*sweep.trained} == new
+        assert len(sweep.kept("log")) == 1
 
-        def seen(*args, **options):
-            trained.extend(zip(*(a.tolist() for a in args[3][:2]), strict=True))
-            return whole(*args, **options)
-
-        whole = program.run_group
-        with monkeypatch.context() as patch:
-            patch.setattr(program, "run_group", seen)
-            found = sweep(self.LARGER)
-        new = {(s, np.float32(i)) for s in (7, 0, 1, 2) for i in (0.1, 0.5, 1.0, 10.0) if s == 7 or i == 0.5}
-        assert {*trained} == new
-        xr.testing.assert_equal(found, sweep(self.LARGER, path=None))
-
-    def test_of_what_is_half_done(self, sweep, monkeypatch):
-        with monkeypatch.context() as patch:
-            dying(patch, "commit", 2)
-            with pytest.raises(Died):
-                sweep()
-        xr.testing.assert_equal(sweep(self.LARGER), sweep(self.LARGER, path=None))
+    def test_of_what_is_half_done(self, sweep):
+        sweep.killed(2)
+        sweep.killed(1, self.LARGER)
+        assert sweep.load().done.sum() == 8 + 4
+        sweep.right(self.LARGER)
+        assert len(sweep.trained) == 32 - 12
 
     def test_with_an_axis_more(self, sweep):
         sweep({"seed": range(3)})
-        axes = {"momentum": (0.5, 0.9), "seed": range(4)}
-        xr.testing.assert_equal(sweep(axes), sweep(axes, path=None))
+        sweep.right({"momentum": (0.5, 0.9), "seed": range(4)})
+        assert len(sweep.trained) == 3 + 5
 
-    def test_never_loses_a_cell(self, sweep):
-        first = sweep()
-        with pytest.raises(
-            ValueError, match=r"12 of the cells there are not among those asked for.*Choose another"
-        ):
-            sweep({"seed": [0]} | {k: v for k, v in AXES.items() if k != "seed"})
-        xr.testing.assert_identical(sweep(), first)
+    @pytest.mark.parametrize(
+        ("before", "after", "new"),
+        [
+            ({"a": MODEL}, {"b": OTHER, "a": MODEL}, 2),
+            ({"a": MODEL}, {"b": MODEL}, 0),
+            (MODEL, {"a": MODEL}, 0),
+            ({"a": MODEL}, MODEL, 0),
+        ],
+        ids=["more", "renamed", "labelled", "not labelled any more"],
+    )
+    def test_of_the_models(self, sweep, before, after, new):
+        sweep(FEW, before)
+        sweep.right(FEW, after)
+        assert len(sweep.trained) == 2 + new
 
-    def test_that_was_cut_off_while_folders_were_swapped(self, sweep, tmp_path):
-        first = sweep()
-        (tmp_path / "r.zarr").rename(tmp_path / ".r.zarr.replaced")
-        xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), first)
-        xr.testing.assert_identical(sweep(), first)
+    @pytest.mark.parametrize(
+        ("axes", "model", "count"),
+        [
+            ({**AXES, "seed": [0]}, {"a": MODEL}, 12),
+            ({**AXES, "init_scale": (0.1, 10.0, 2.0)}, {"a": MODEL}, 6),
+            (AXES, {"b": OTHER}, 18),
+        ],
+    )
+    def test_never_loses_a_cell(self, sweep, axes, model, count):
+        first = sweep(model={"a": MODEL})
+        words = rf"{count} of the cells there are not among those asked for.*Choose another place, or over"
+        sweep.refused(words, axes, model, allow_changed=store.CHANGES)
+        xr.testing.assert_identical(sweep(model={"a": MODEL}), first)
 
-    def test_that_was_cut_off_and_another_run_came_then(self, sweep, tmp_path):
-        """Who looks for a writer makes the folder anew."""
-        first = sweep()
-        (tmp_path / "r.zarr").rename(tmp_path / ".r.zarr.replaced")
-        with leases.lease(storage.Files(tmp_path / "r.zarr")), pytest.raises(leases.Busy):
-            sweep()
-        xr.testing.assert_identical(sweep(), first)
-        assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
 
-    def test_that_was_cut_off_and_another_run_went_meanwhile(self, sweep, tmp_path, monkeypatch):
-        """It was there when this one looked for results, and not when it looked for a writer."""
-        first = sweep()
-        (tmp_path / "r.zarr").rename(tmp_path / ".r.zarr.replaced")
-        with contextlib.ExitStack() as other:
-            other.enter_context(leases.lease(storage.Files(tmp_path / "r.zarr")))
+SOURCE = """
+def init(key, input_shape, init_scale):{doc}
+    return {{"kernel": jax.random.normal(key, (*input_shape, 4)) * init_scale}}, {{"seen": 0.0 * init_scale}}
 
-            def late(ds):
-                other.close()
-                return record.fingerprint(ds)
+{space}def apply(params, batch_stats, x, *, train):
+    return x @ params["kernel"] + offsets{more}, {{"seen": {seen} * x.mean()}} if train else batch_stats
+"""
+COMPUTES = r"computes\.: \w+\.2\.2 there, \w+\.2\.2 asked for.*allow_changed=models"
 
-            monkeypatch.setattr(run, "fingerprint", late)
-            with pytest.raises(leases.Busy, match="or was a moment ago"):
-                sweep()
-        xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), first)
-        xr.testing.assert_identical(sweep(), first)
 
-    def test_that_fails_while_folders_are_swapped(self, sweep, tmp_path, monkeypatch):
-        first = sweep({"seed": (1, 2)})
-        whole = Path.rename
+def probe(factor=1):
+    return bnjax.Probe(lambda s: {"seen": factor * s.batch_stats["seen"]})
 
-        def refused(path, target):
-            if path.name == ".r.zarr.extended":
-                raise OSError("refused")
-            return whole(path, target)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "rename", refused)
-            with pytest.raises(OSError, match="refused"):
-                sweep({"seed": (1, 2, 3)})
-        xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), first)
-        xr.testing.assert_equal(sweep({"seed": (1, 2, 3)}), sweep({"seed": (1, 2, 3)}, path=None))
-
-    @pytest.mark.parametrize("seeds", [(1, 2), (1, 2, 3)])
-    def test_by_another_run_meanwhile(self, sweep, tmp_path, monkeypatch, seeds):
-        """After the results were read, and before the lease was taken."""
-        sweep({"seed": (1, 2)})
-        whole = run._continued
-
-        def late(*args):
-            monkeypatch.setattr(run, "_continued", whole)
-            sweep({"seed": (0, 1, 2)})
-            return whole(*args)
-
-        monkeypatch.setattr(run, "_continued", late)
-        with pytest.raises(leases.Busy, match="another run is writing there, or was a moment ago"):
-            sweep({"seed": seeds})
-        found = bnjax.load_results(tmp_path / "r.zarr")
-        xr.testing.assert_equal(found, sweep({"seed": (0, 1, 2)}, path=None))
+def network(offsets=(0.0, 0.1, 0.2, 0.3), **changes):
+    """A user's own, of which its config tells nothing."""
+    names = {"jax": jax, "offsets": np.asarray(offsets, np.float32)}
+    text = SOURCE.format(**{"doc": "", "space": "", "more": "", "seen": 1} | changes)
+    exec(compile(text, "network.py", "exec"), names)
+    return bnjax.Model(names["init"], names["apply"], config={"class": "Net"})
 
 
 class TestChanges:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
+            ({"config": dataclasses.replace(CONFIG, batch_size=16)}, "config.batch_size: 32 there, 16 asked"),
             (
-                {"config": bnjax.TrainConfig(steps=11, batch_size=16, eval_every=4)},
-                "config.batch_size: 32 there, 16",
+                {"config": dataclasses.replace(CONFIG, optimizer="adam")},
+                "optimizer: sgd .*allow_changed=config",
             ),
-            ({"model": bnjax.mlp((8, 8), 4, epsilon=0.1)}, "models..epsilon: 1e-05 there, 0.1 asked for"),
-            ({"width": 4}, r"plan..width: 2 there, 4 asked for.*allow_changed=plan"),
+            ({"config": dataclasses.replace(CONFIG, eval_every=1)}, "config.eval_every: 2 there, 1 asked"),
+            (
+                {"config": dataclasses.replace(CONFIG, steps=6)},
+                r"steps: 4 there.*layout.further.step: \[2, 4\] there.*Choose another place, or overwrite",
+            ),
+            ({"model": bnjax.mlp((8,), 4, epsilon=0.1)}, "models..epsilon: 1e-05 there, 0.1 asked for"),
+            ({"width": 4}, "plan..width: 2 there, 4 asked for.*allow_changed=plan"),
+            ({"segment": 4}, "plan..segment: 2 there, 4 asked for.*allow_changed=plan"),
+            ({"probe": PROBE}, "layout.variables.angle: nothing there"),
+            ({"hyper": bnjax.Hyperparams(momentum=0.8)}, "2 of the cells there are not among those"),
+            ({"allow_changed": ["version"]}, "unknown allowed change 'version'.*did you mean 'versions'"),
+            ({"ds": 1}, r"data.fingerprint: \w+ there, \w+ asked for"),
         ],
     )
-    def test_are_refused_and_named(self, sweep, change, words):
-        first = sweep()
-        with pytest.raises(ValueError, match=words):
-            sweep(**change)
-        xr.testing.assert_identical(sweep(), first)
-
-    def test_of_a_network_that_its_config_does_not_tell(self, sweep):
-        """As of a Flax module of the same name with another body; the same function, defined again, is the same."""
-
-        def network(activation):
-            return bnjax.mlp((8, 8), 4, activation)._replace(config={"class": "Net"})
-
-        first = sweep({"seed": (1, 2)}, model=network("relu"))
-        for axes in ({"seed": (1, 2)}, {"seed": (1, 2, 3)}):
-            with pytest.raises(
-                ValueError, match=r"computes\.: \w+ there, \w+ asked for.*allow_changed=models"
-            ):
-                sweep(axes, model=network("sigmoid"))
-        xr.testing.assert_identical(sweep({"seed": (1, 2)}, model=network("relu")), first)
-
-    def test_a_file_in_the_place(self, sweep, tmp_path):
-        (tmp_path / "r.zarr").touch()
-        with pytest.raises(ValueError, match=r"r\.zarr is a file: choose a new folder"):
-            sweep()
-
-    def test_of_data(self, sweep, blobs):
-        first = sweep()
-        with pytest.raises(ValueError, match=r"data.fingerprint: \w+ there, \w+ asked for"):
-            sweep(ds=blobs._replace(train_x=blobs.train_x + 1))
-        xr.testing.assert_identical(sweep(), first)
-
-    def test_of_versions_may_be_allowed_and_are_recorded(self, sweep, monkeypatch):
-        sweep({"seed": range(3)})
-        versions = record.versions() | {"jaxlib": "0.0.1"}
-        monkeypatch.setattr(record, "versions", lambda: versions)
-        with pytest.raises(
-            ValueError, match=r"versions.jaxlib: .* there, 0.0.1 asked for.*allow_changed=versions"
-        ):
-            sweep({"seed": range(4)})
-        found = sweep({"seed": range(4)}, allow_changed=["versions"])
-        assert found.attrs["changes"] == [[f"versions.jaxlib: {jax.lib.__version__} there, 0.0.1 asked for"]]
-
-    def test_that_make_no_sense(self, sweep):
-        with pytest.raises(ValueError, match=r"unknown allowed change 'version'.*did you mean 'versions'"):
-            sweep(allow_changed=["version"])
-
-
-class TestOneWriter:
-    def test_a_second_is_told_who_writes(self, sweep, tmp_path):
-        with (
-            leases.lease(storage.Files(tmp_path / "r.zarr")),
-            pytest.raises(leases.Busy, match=f"process {os.getpid()} on"),
-        ):
-            sweep()
-        sweep()
-
-    def test_of_another_share_may_write_beside(self, tmp_path):
-        files = storage.Files(tmp_path / "r.zarr")
-        with leases.lease(files, 0, 2), leases.lease(files, 1, 2):
-            assert len(leases.writers(files)) == 2
-            with pytest.raises(leases.Busy):
-                leases.lease(files, 0, 3).__enter__()
-        assert leases.writers(files) == []
+    def test_are_refused_and_named(self, sweep, blobs, change, words):
+        first = sweep(FEW)
+        change = change if "ds" not in change else {"ds": blobs._replace(train_x=blobs.train_x + 1)}
+        sweep.refused(words, FEW, **change)
+        xr.testing.assert_identical(sweep(FEW), first)
 
     @pytest.mark.parametrize(
-        ("change", "alive"),
-        [
-            ({"pid": 2**22 + 1}, False),  # above Linux's largest
-            ({"born": "1"}, False),  # the number belongs to another process now
-            ({"host": "elsewhere", "confirmed": time.time() + 3600}, True),
-            ({"host": "elsewhere", "confirmed": time.time() - leases.LEASE_SECONDS - 1}, False),
-        ],
+        ("change", "other"),
+        [({"offsets": (0.0, 0.1, 0.2, 0.4)}, 1), ({"more": " * 2"}, 1), ({"seen": 2}, 1), ({}, 2)],
+        ids=["constants", "body", "what the probe sees", "probe"],
     )
-    def test_the_dead_do_not_hold_it(self, sweep, tmp_path, change, alive):
-        files = storage.Files(tmp_path / "r.zarr")
-        key = f"{leases.LEASE}/0-of-1"
-        with leases.lease(files):
-            mine = json.loads(files.get(key))
-        files.put(key, json.dumps(mine | {"id": "other"} | change).encode())
-        if alive:
-            with pytest.raises(leases.Busy, match="on elsewhere"):
-                sweep()
+    def test_of_what_a_config_does_not_tell(self, sweep, change, other):
+        """As of a Flax module of the same name with another body, and of a probe."""
+        first = sweep(FEW, network(), probe=probe())
+        for axes in (FEW, MORE):
+            sweep.refused(COMPUTES, axes, network(**change), probe=probe(other))
+        xr.testing.assert_identical(sweep(FEW, network(), probe=probe()), first)
+
+    @pytest.mark.parametrize("change", [{"doc": '\n    """Documented."""'}, {"space": "\n\n\n"}])
+    def test_of_words_alone_is_none(self, sweep, change):
+        """The same function, defined again, is the same: whatever its docstring and the place in its source."""
+        first = sweep(FEW, network())
+        xr.testing.assert_identical(sweep(FEW, network(**change)), first)
+        assert len(sweep.trained) == 2
+
+    def test_of_the_loss(self, sweep, monkeypatch):
+        """As by another version of this package, with what else it says of itself unchanged."""
+        sweep(FEW, network())
+        whole = training._loss_and_accuracy
+        monkeypatch.setattr(
+            training, "_loss_and_accuracy", lambda *args: [2 * value for value in whole(*args)]
+        )
+        sweep.refused(COMPUTES, FEW, network())
+
+    def versions(self, monkeypatch, **others):
+        """Other packages than those there."""
+        found, version = provenance.versions() | others, metadata.version
+        monkeypatch.setattr(provenance, "versions", lambda: found)
+        monkeypatch.setattr(metadata, "version", lambda name: others.get(name) or version(name))
+
+    def test_of_versions_may_be_allowed_and_are_recorded(self, sweep, monkeypatch):
+        first, jaxlib = sweep(FEW), metadata.version("jaxlib")
+        self.versions(monkeypatch, jaxlib="0.0.1")
+        line = f"versions.jaxlib: {jaxlib} there, 0.0.1 asked for"
+        for axes in (FEW, MORE):
+            sweep.refused(rf"{line}\. Choose another place, overwrite, or allow_changed=versions", axes)
+        found = sweep.right(MORE, allow_changed=["versions"])  # the cells of both
+        assert len(sweep.trained) == 3
+        assert found.attrs["changes"] == [[line]]
+        new, old = found.attrs["identity"][""]
+        assert [old] == first.attrs["identity"][""] != [new]
+        assert found.attrs["versions"]["jaxlib"] == "0.0.1"
+        xr.testing.assert_identical(sweep(MORE), found)  # what is recorded needs no leave any more
+
+    def test_twice_are_recorded_twice(self, sweep, blobs):
+        first, ds = sweep(FEW), blobs._replace(test_x=blobs.test_x + 1)
+        sweep(MORE, ds=ds, allow_changed=["data"])
+        found = sweep({"seed": range(5)}, ds=ds, width=1, allow_changed=["plan"])
+        changes = [line.split(":")[0] for lines in found.attrs["changes"] for line in lines]
+        assert changes == ["data.fingerprint", "plan..width"]
+        assert len(found.attrs["identity"][""]) == 3
+        assert found.test_loss.sel(seed=[1, 2]).equals(first.test_loss)
+
+    def test_of_packages_that_compute_nothing_are_none(self, sweep, monkeypatch):
+        first = sweep(FEW)
+        self.versions(monkeypatch, xarray="1.0", bnjax="1.0", code="changed")
+        xr.testing.assert_identical(sweep(FEW), first)
+        found = sweep(MORE)
+        assert len(sweep.trained) == 3
+        assert "changes" not in found.attrs
+        assert found.attrs["versions"]["xarray"] == "1.0"
+
+
+class TestOverwrite:
+    def test_where_there_is_nothing_or_the_same(self, sweep):
+        sweep.killed(1, SIX, overwrite=True)
+        assert sweep.load().done.sum() == 4  # it counts at once
+        sweep.right(SIX, overwrite=True)
+        assert len(sweep.trained) == 2
+
+    @pytest.fixture(params=["of a sweep", "half done", "saved", "in the earlier format"])
+    def before(self, request, sweep, tmp_path):
+        """Results that are there."""
+        if request.param == "of a sweep":
+            sweep(FEW, OTHER)
+        elif request.param == "half done":
+            sweep.killed(1, SIX, OTHER)
+        elif request.param == "saved":
+            bnjax.save_results(sweep(FEW, OTHER, path=None), sweep.path)
         else:
-            sweep()
-            assert files.list(leases.LEASE) == []
+            zipfile.ZipFile(GOLDEN).extractall(tmp_path)
+            (tmp_path / "whole.zarr").rename(sweep.path)
+        return sweep.load()
 
-    def test_is_confirmed_while_it_lasts(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(leases, "CONFIRM_SECONDS", 0.05)
-        files = storage.Files(tmp_path / "r.zarr")
-        with leases.lease(files):
-            first = leases.writers(files)[0]["confirmed"]
-            until = time.monotonic() + 10
-            while leases.writers(files)[0]["confirmed"] == first and time.monotonic() < until:
-                time.sleep(0.05)
-            assert leases.writers(files)[0]["confirmed"] > first
-        assert threading.active_count() < 50
+    def test_of_others(self, sweep, before):
+        """They count until the new ones are complete, and are removed then."""
+        (sweep.path / "thesis.txt").write_text("mine")
+        sweep.refused(r"r\.zarr holds other results: .*", SIX)
+        sweep.killed(1, SIX, overwrite=True)
+        xr.testing.assert_identical(sweep.load(), before)
+        sweep.killed(1, SIX)  # the same sweep, which goes on also without the word
+        found = sweep.right(SIX, overwrite=True)
+        assert sweep.trained == []
+        assert len(sweep.kept("log")) == 1
+        assert sweep.identities() == {*found.attrs["identity"][""]}
+        assert {*os.listdir(sweep.path / "bnjax")} == {"lock", "log", "parts", "states", "zarr.json"}
+        (sweep.path / "thesis.txt").unlink()  # which is another program's, and still there
+        xr.testing.assert_equal(sweep.opened(), found)
+        xr.testing.assert_identical(sweep(SIX), found)
 
-    def test_is_dead_if_it_was_given_up_and_could_not_be_deleted(self, sweep, tmp_path):
-        files = storage.Files(tmp_path / "r.zarr")
-        key = f"{leases.LEASE}/0-of-1"
-        with leases.lease(files):
-            mine = files.get(key)
-        files.put(key, mine)
-        assert leases.writers(files) == []
-        sweep()
+    def test_abandoned_for_a_third(self, sweep):
+        first, config = sweep(FEW, OTHER), dataclasses.replace(CONFIG, data_seed=1)
+        sweep.killed(1, SIX, overwrite=True)
+        sweep.refused("holds other results", FEW, config=config)
+        sweep.killed(1, SIX, config=config, overwrite=True)
+        sweep.killed(1, {"seed": range(9)}, config=config)
+        xr.testing.assert_identical(sweep.load(), first)
+        assert len(sweep.kept("log")) == 2
+        found = sweep.right({"seed": range(9)}, config=config)
+        assert sweep.identities() == {*found.attrs["identity"][""]}
 
-    def test_is_given_up_if_its_thread_cannot_start(self, sweep, tmp_path, monkeypatch):
-        def refused(self):
-            raise RuntimeError("can't start new thread")
+    def test_abandoned_for_what_stands(self, sweep):
+        first = sweep(FEW, OTHER)
+        sweep.killed(1, SIX, overwrite=True)
+        xr.testing.assert_identical(sweep(FEW, OTHER), first)
+        found = sweep.right(MORE, OTHER)
+        assert (len(sweep.kept("log")), sweep.identities()) == (1, {*found.attrs["identity"][""]})
 
-        files = storage.Files(tmp_path / "r.zarr")
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refused)
-            with pytest.raises(RuntimeError, match="new thread"), leases.lease(files):
-                pass
-        assert files.list(leases.LEASE) == []
+    @pytest.mark.parametrize("name", ["thesis.tex", "thesis.partial", "sub/folder/thesis.tex", ""])
+    def test_a_place_with_other_things_is_not_touched(self, sweep, name):
+        other = sweep.path / name
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("mine")
+        for overwrite in (False, True):
+            words = (
+                "is not empty, and holds no results of a sweep" if name else "is a file: choose a new folder"
+            )
+            sweep.refused(words, overwrite=overwrite)
+            assert [p for p in sweep.path.parent.rglob("*") if p.is_file()] == [other]
 
-    def test_is_not_confirmed_after_it_was_given_up(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(leases, "CONFIRM_SECONDS", 0)
-        files = storage.Files(tmp_path / "r.zarr")
-        for _ in range(50):
-            with leases.lease(files) as rest:
-                time.sleep(0.002)
-                rest()
-                (before,) = leases.writers(files)
-                time.sleep(0.002)
-                assert leases.writers(files) == [before]
-            with leases.lease(files):
-                time.sleep(0.002)
-            assert files.list(leases.LEASE) == []
+
+class TestExport:
+    def test_is_what_xarray_opens_and_may_be_saved_again(self, sweep, tmp_path):
+        found, opened = sweep(model={"a": MODEL}, probe=PROBE), sweep.opened()
+        xr.testing.assert_identical(opened, found)
+        bnjax.save_results(opened, tmp_path / "s.zarr")
+        xr.testing.assert_identical(bnjax.load_results(tmp_path / "s.zarr"), found)
+
+    def test_follows_an_extension(self, sweep):
+        sweep(FEW)
+        before = (sweep.path / "zarr.json").stat().st_mtime_ns
+        sweep(FEW)
+        assert (sweep.path / "zarr.json").stat().st_mtime_ns == before  # nothing was written
+        xr.testing.assert_identical(sweep(MORE), sweep.opened())
+
+    @pytest.mark.parametrize("axes", [FEW, MORE])
+    def test_is_none_unless_it_is_asked_for(self, sweep, axes):
+        """One that stands there, of the same or of less, is removed."""
+        sweep(FEW, export=False)
+        assert os.listdir(sweep.path) == ["bnjax"]
+        sweep(FEW)
+        assert "test_loss" in os.listdir(sweep.path)
+        sweep.right(axes, export=False)
+        assert os.listdir(sweep.path) == ["bnjax"]
+
+    @pytest.mark.filterwarnings("ignore:Object at .* is not recognized")
+    def test_is_nothing_that_results_rest_on(self, sweep):
+        found = sweep(FEW)
+        shutil.rmtree(sweep.path / "test_loss")
+        (sweep.path / "seed" / "c" / "0").write_text("broken")
+        xr.testing.assert_identical(sweep.load(), found)
+        sweep(FEW)
+        xr.testing.assert_identical(sweep.opened(), found)
+
+
+class TestBuckets:
+    @pytest.mark.parametrize("kind", ["memory", "zarr's", "local", "url"])
+    def test_are_as_a_folder(self, sweep, tmp_path, kind):
+        """Half done, done, extended, and overwritten."""
+        (tmp_path / "b.zarr").mkdir()
+        bucket = {
+            "memory": obstore.store.MemoryStore(),
+            "zarr's": zarr.storage.ObjectStore(obstore.store.MemoryStore()),
+            "local": obstore.store.LocalStore(tmp_path / "b.zarr"),
+            "url": (tmp_path / "b.zarr").as_uri(),
+        }[kind]
+        with pytest.raises(FileNotFoundError, match="no results at"):
+            bnjax.load_results(bucket)
+        sweep.killed(1, SIX, path=bucket, checkpoint_minutes=0)
+        assert bnjax.load_results(bucket).done.sum() == 4
+        sweep.right(SIX, path=bucket)
+        found = sweep.right({"seed": range(7)}, path=bucket)
+        assert len(sweep.trained) == 3
+        sweep.killed(1, SIX, OTHER, path=bucket, overwrite=True)
+        xr.testing.assert_identical(bnjax.load_results(bucket), found)
+        found, inner = sweep.right(SIX, OTHER, path=bucket), files.files_at(bucket)
+        assert {name.rpartition("-")[0] for name in inner.list("bnjax/parts")} == {
+            *found.attrs["identity"][""]
+        }
+        with xr.open_zarr(inner.store, consolidated=False) as opened:
+            xr.testing.assert_equal(opened.load(), found)
+
+    def test_a_folder_of_zarr_is_a_folder(self, sweep):
+        sweep.right(FEW, path=zarr.storage.LocalStore(sweep.path))
+        assert sweep.load().sizes["seed"] == 2
+
+    def test_stores_that_cannot_put_once_are_refused(self, sweep):
+        for other in (zarr.storage.MemoryStore(), zarr.storage.FsspecStore.from_url("memory://r.zarr")):
+            sweep.refused(r"give its URL, or obstore\.store\.from_url\(URL\)", path=other)
+
+    def test_a_url_needs_obstore(self, sweep, monkeypatch):
+        monkeypatch.setitem(sys.modules, "obstore.store", None)
+        with pytest.raises(ImportError, match=r"pip install 'bnjax\[cloud\]'"):
+            sweep(path="s3://bucket/r.zarr")
+
+    @pytest.mark.parametrize("kind", ["folder", "bucket", "memory"])
+    def test_files_are_put_once(self, tmp_path, kind):
+        folder, bucket = files.Folder(tmp_path), files.Bucket(obstore.store.MemoryStore(), "bucket")
+        place = {"folder": folder, "bucket": bucket, "memory": files.Memory()}[kind]
+        place.make("a/b")
+        assert place.get("a/b/c") is None
+        assert [place.create("a/b/c", data) for data in (b"1", b"2")] == [True, False]
+        assert place.get("a/b/c") == b"1"
+        assert place.create("a/b/d", b"3")
+        assert place.list("a") == ["b/c", "b/d"]
+        for _ in range(2):
+            place.delete("a/b/c")
+        assert place.list("a/b") == ["d"]
+
+
+class TestReadMeanwhile:
+    """Something happens once, while the reader has listed what there is and not read it."""
+
+    def read(self, monkeypatch, path, number, before, after):
+        """What `load_results` finds if it is so before and after its n-th listing."""
+        whole, count = files.Folder.list, [0]
+
+        def listed(*args):
+            count[0] += 1
+            if count[0] != number:
+                return whole(*args)
+            monkeypatch.setattr(files.Folder, "list", whole)
+            before()
+            found = whole(*args)
+            after()
+            return found
+
+        monkeypatch.setattr(files.Folder, "list", listed)
+        found = bnjax.load_results(path)
+        assert files.Folder.list is whole
+        return found
+
+    # Some listings before it reads, some while it does, and some after.
+    @pytest.mark.parametrize("number", range(1, 7))
+    @pytest.mark.parametrize("what", ["moved", "extended", "overwritten", "begun again", "saved by others"])
+    def test_finds_one_or_the_other_whole(self, sweep, monkeypatch, tmp_path, number, what):
+        first = sweep(FEW, export=False)
+        shutil.copytree(sweep.path, tmp_path / "first")
+
+        def begun_again():
+            shutil.rmtree(sweep.path)
+            sweep.killed(1, SIX, OTHER)
+
+        happens = {
+            "moved": lambda: sweep.path.rename(tmp_path / ".r.zarr.replaced"),  # as by `save_results`
+            "extended": lambda: sweep(MORE),
+            "overwritten": lambda: sweep(FEW, OTHER, overwrite=True),
+            "begun again": begun_again,
+            "saved by others": lambda: bnjax.save_results(first * 0, sweep.path, overwrite=True),
+        }[what]
+        for happening in ((happens, lambda: None), (lambda: None, happens)):
+            found = self.read(monkeypatch, sweep.path, number, *happening)
+            assert found.identical(sweep.load()) or (number == 6 and found.identical(first))
+            assert not found.identical(first) or what == "moved" or number == 6
+            for path in (sweep.path, tmp_path / ".r.zarr.replaced"):
+                shutil.rmtree(path, ignore_errors=True)
+            shutil.copytree(tmp_path / "first", sweep.path)
+
+    @pytest.mark.parametrize("number", range(1, 7))
+    def test_away_and_back(self, sweep, monkeypatch, tmp_path, number):
+        first, aside = sweep(FEW, export=False), tmp_path / "aside"
+        moves = (lambda: sweep.path.rename(aside), lambda: aside.rename(sweep.path))
+        assert self.read(monkeypatch, sweep.path, number, *moves).identical(first)
+
+    @pytest.mark.parametrize("number", range(1, 5))
+    def test_removed(self, sweep, monkeypatch, number):
+        sweep(FEW)
+        with pytest.raises(FileNotFoundError, match="no results at"):
+            self.read(monkeypatch, sweep.path, number, lambda: None, lambda: shutil.rmtree(sweep.path))
+
+    @pytest.mark.parametrize("n", [5, 9])
+    def test_saved_again_by_others(self, tmp_path, monkeypatch, n):
+        """Between the variables' names and their values; of the same shape, and of another."""
+        whole, path = xr.open_zarr, tmp_path / "r"
+        first, second = (
+            xr.Dataset({name: ("i", np.full(n, value)) for name in "abc"})
+            for n, value in ((5, 1.0), (n, 2.0))
+        )
+        bnjax.save_results(first, path)
+
+        def late(*args, **options):
+            monkeypatch.setattr(xr, "open_zarr", whole)
+            found = whole(*args, **options)
+            bnjax.save_results(second, path, overwrite=True)
+            return found
+
+        monkeypatch.setattr(xr, "open_zarr", late)
+        assert bnjax.load_results(path).identical(second)
+
+
+class TestStatus:
+    def test_says_what_is_done(self, sweep, capsys):
+        sweep(FEW, network())
+        sweep.killed(
+            4, SIX, {"a": MODEL, "b": OTHER}, method="save_state", checkpoint_minutes=0, overwrite=True
+        )
+        bnjax.__main__.main(["status", str(sweep.path)])
+        out, err = capsys.readouterr()
+        assert err == ""
+        *lines, writer = out.splitlines()
+        assert lines == [
+            str(sweep.path),
+            "  a: 6 of 6 cells done",
+            "  b: 0 of 6 cells done",
+            "  2 groups of cells half way",
+        ]
+        assert writer.startswith(
+            f"  nobody on this host is writing there; last written by process {os.getpid()} on"
+        )
+        with files.Folder(sweep.path).writing():
+            assert f"process {os.getpid()} on" in bnjax.status(sweep.path).writer
+        parts = [f"bnjax/parts/{name}" for name in sweep.kept("parts")]
+        for part in parts:
+            (sweep.path / part).write_text("broken")
+        damaged = bnjax.status(sweep.path).damaged
+        assert len(damaged) == 2  # of what overwrites
+        assert {*damaged} < {*parts}
+
+    def test_of_no_results_of_a_sweep(self, tmp_path, capsys):
+        bnjax.save_results(xr.Dataset({"a": 1.0}), tmp_path / "saved")
+        for path in (tmp_path / "saved", tmp_path / "nothing"):
+            with pytest.raises(SystemExit) as exit_:
+                bnjax.__main__.main(["status", str(path)])
+            assert exit_.value.code == f"error: {path} holds no results of a sweep"  # to stderr; status 1
+            assert capsys.readouterr().out == ""
 
 
 class TestLayout:
-    @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (2, 3, 5)])
-    @pytest.mark.parametrize("cells", [1, 2, 4, 7, 100])
-    def test_chunks_are_all_cells_in_order(self, shape, cells):
-        axes = {f"a{i}": np.arange(n) for i, n in enumerate(shape)}
-        layout = store.Layout(("",), False, axes, {}, {}, store.tile_of(shape, cells), {})
-        chunks = layout.chunks()
-        assert [i for chunk in chunks for i in chunk.cells] == list(range(int(np.prod(shape))))
-        numbers = np.arange(int(np.prod(shape))).reshape(shape)
-        for chunk in chunks:
-            assert len(chunk.cells) <= cells
-            np.testing.assert_array_equal(numbers[chunk.region].ravel(), list(chunk.cells))
+    def test_round_trip(self):
+        axes = grid.check({"init_scale": (0.1, 3.0), "seed": (2**31 - 1, 0)}, bnjax.Hyperparams())
+        further = {"step": np.asarray((1, 2)), "layer": np.asarray(("a", "b"), object)}
+        variables = {
+            "loss": layout.Variable(("step", "layer"), "float32", {"long_name": "loss"}),
+            "n": layout.Variable((), "int32", {}),
+        }
+        attributes = {"hyper": {"momentum": 0.5}, "about": {"text": "ä", "number": 1e-300}}
+        written = layout.Layout({"m": ("a.1.2", "b.1.2")}, True, axes, further, variables, attributes)
+        found = layout.Layout.from_bytes(written.to_bytes())
+        assert found.to_bytes() == written.to_bytes()
+        xr.testing.assert_identical(layout.View(found).dataset(), layout.View(written).dataset())
+        assert found.hyper == bnjax.Hyperparams(momentum=0.5)
+
+    def test_positions(self):
+        """The inverse of `cells`, whatever the axes' order and that of their values; in float32, as they are used."""
+        hyper = bnjax.Hyperparams(momentum=0.3)
+        axes = grid.check({"seed": (5, 1, 3), "init_scale": (0.1, 10.0, 0.7, 1 / 3)}, hyper)
+        cells = grid.cells(axes, hyper)
+        np.testing.assert_array_equal(grid.positions(axes, hyper, cells), np.arange(12))
+        other = grid.check({"init_scale": np.float32([0.7, 1 / 3, 0.1]).tolist(), "seed": (3, 4, 5)}, hyper)
+        found, theirs = grid.positions(other, hyper, cells), grid.cells(other, hyper)
+        for place, *cell in zip(found, cells.seed, cells.init_scale, strict=True):
+            expected = cell if cell[0] in (3, 5) and cell[1] != 10 else None
+            assert expected == (None if place < 0 else [theirs.seed[place], theirs.init_scale[place]])
+
+        cells = grid.cells(grid.check({"seed": (0, 1, 3), "momentum": (0.3, 0.8)}, hyper), hyper)
+        assert grid.positions({"seed": np.asarray((1, 2))}, hyper, cells).tolist() == [-1, -1, 0, -1, -1, -1]
 
 
-@pytest.mark.parametrize("name", ["thesis.tex", "thesis.partial"])
-def test_a_place_with_other_things_is_not_touched(sweep, tmp_path, name):
-    other = tmp_path / "r.zarr" / name
-    other.parent.mkdir()
-    other.write_text("mine")
-    with pytest.raises(ValueError, match="is not empty, and holds no results of a sweep"):
-        sweep()
-    assert other.read_text() == "mine"
+class TestEarlierFormat:
+    @pytest.fixture(params=["whole", "half"])
+    def path(self, request, tmp_path):
+        zipfile.ZipFile(GOLDEN).extractall(tmp_path)
+        return tmp_path / f"{request.param}.zarr"
 
+    def test_is_read_and_not_continued(self, sweep, path):
+        expected, found = json.loads(path.with_suffix(".json").read_text()), bnjax.load_results(path)
+        xr.testing.assert_identical(found, xr.Dataset.from_dict(expected).astype(found.dtypes))
+        assert ("done" in found) == (path.stem == "half")
+        sweep.refused("was saved at once, or by an earlier version", FEW, path=path)
 
-def test_a_file_of_another_program_among_the_results_is_left(sweep, tmp_path):
-    sweep()
-    other = tmp_path / "r.zarr" / "thesis.partial"
-    other.write_text("mine")
-    sweep()
-    assert other.read_text() == "mine"
+    def test_damage_is_noticed(self, path):
+        """In every file; but what no cell counts in may change."""
+        first, noticed = bnjax.load_results(path), set()
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            whole = file.read_bytes()
+            broken = bytes([whole[0] ^ 1]) + whole[1:] if path.stem == "whole" else whole[: len(whole) // 2]
+            file.write_bytes(broken)
+            try:
+                assert bnjax.load_results(path).identical(first), file
+            except bnjax.export.Damaged:
+                noticed.add(file.relative_to(path).parts[0])
+            file.write_bytes(whole)
+        assert {"zarr.json", "test_loss", "diverged_step", "seed", "bnjax"} <= noticed
+
+    def test_what_is_whole_and_of_something_else_is_noticed(self, path):
+        """Other attributes, and values of another place."""
+        text, chunks = (path / "zarr.json").read_text(), path / "test_loss" / "c" / "0" / "0"
+        (path / "zarr.json").write_text(text.replace('"batch_size": 8', '"batch_size": 9'))
+        with pytest.raises(bnjax.export.Damaged, match="the attributes are not what was stored"):
+            bnjax.load_results(path)
+        (path / "zarr.json").write_text(text)
+        shutil.copy(path / "train_loss" / "c" / "0" / "0" / "0" / "0", chunks / "0" / "0")
+        with pytest.raises(bnjax.export.Damaged, match=r"chunk 0\.0 is not what was stored"):
+            bnjax.load_results(path)
+
+    @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
+    def test_of_the_repository(self, activation):
+        found = bnjax.load_results(Path(__file__).parents[1] / "docs" / "results" / f"{activation}.zarr")
+        assert np.isfinite(found.test_accuracy).all()
+        assert not {"layout", "checksum", "done"} & {*found.attrs, *found}

@@ -12,7 +12,8 @@ import pytest
 import xarray as xr
 
 import bnjax
-from bnjax.sweeps import grid, plan, run, store
+from bnjax import probes
+from bnjax.sweeps import grid, run
 from bnjax.types import History
 
 MODEL = bnjax.mlp((8, 8), 4)
@@ -63,23 +64,6 @@ class TestGrid:
     def test_bad_value_of_what_is_not_swept(self):
         with pytest.raises(ValueError, match="learning_rate must be positive"):
             grid.check({}, bnjax.Hyperparams(learning_rate=0.0))
-
-
-class TestPlan:
-    def test_depends_on_the_network_not_on_the_cells(self, blobs):
-        images = blobs._replace(train_x=np.zeros((2, 28, 28, 1), np.float32))
-        assert (
-            plan.make_plan(bnjax.mlp((512,) * 3), images, CONFIG).width
-            < plan.make_plan(MODEL, blobs, CONFIG).width
-        )
-        assert plan.make_plan(MODEL, blobs, CONFIG).devices == tuple(jax.local_devices())
-
-    def test_chunk(self, blobs):
-        assert plan.make_plan(MODEL, blobs, CONFIG, width=3).group == 3 * len(jax.local_devices())
-
-    def test_bad_width(self, blobs):
-        with pytest.raises(ValueError, match="width must be at least 1, got 0"):
-            plan.make_plan(MODEL, blobs, CONFIG, width=0)
 
 
 class TestSweep:
@@ -152,7 +136,7 @@ class TestSweep:
         ],
     )
     def test_bad_probes(self, blobs, monkeypatch, probe, words):
-        monkeypatch.setattr(run, "train_chunk", lambda *_: pytest.fail("work was started"))
+        monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("work was started"))
         with pytest.raises(ValueError, match=words):
             sweep(blobs, {"seed": [0]}, probe=probe)
 
@@ -188,7 +172,7 @@ class TestSweep:
         ],
     )
     def test_bad_input_before_any_work(self, blobs, monkeypatch, model, change, words):
-        monkeypatch.setattr(run, "train_chunk", lambda *_: pytest.fail("work was started"))
+        monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("work was started"))
         with pytest.raises(ValueError, match=words):
             sweep(blobs._replace(**change), {"seed": [0]}, model)
 
@@ -284,34 +268,34 @@ class TestStore:
 
     def test_never_overwrites_silently(self, tmp_path):
         one, two = xr.Dataset({"a": ("x", [1.0])}), xr.Dataset({"a": ("x", [2.0])})
-        store.save(one, tmp_path / "r.zarr")
+        bnjax.save_results(one, tmp_path / "r.zarr")
         with pytest.raises(FileExistsError, match=r"r\.zarr exists"):
-            store.save(two, tmp_path / "r.zarr")
-        xr.testing.assert_identical(store.load(tmp_path / "r.zarr"), one)
-        store.save(two, tmp_path / "r.zarr", overwrite=True)
-        xr.testing.assert_identical(store.load(tmp_path / "r.zarr"), two)
+            bnjax.save_results(two, tmp_path / "r.zarr")
+        xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), one)
+        bnjax.save_results(two, tmp_path / "r.zarr", overwrite=True)
+        xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), two)
 
     def test_a_write_that_fails_leaves_what_was_there(self, tmp_path, monkeypatch):
         one = xr.Dataset({"a": ("x", [1.0])})
-        store.save(one, tmp_path / "r.zarr")
+        bnjax.save_results(one, tmp_path / "r.zarr")
 
         def fail(*_, **__):
             raise OSError("disk full")
 
         monkeypatch.setattr(xr.Dataset, "to_zarr", fail)
         with pytest.raises(OSError, match="disk full"):
-            store.save(one, tmp_path / "r.zarr", overwrite=True)
-        xr.testing.assert_identical(store.load(tmp_path / "r.zarr"), one)
+            bnjax.save_results(one, tmp_path / "r.zarr", overwrite=True)
+        xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), one)
         assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
 
     def test_a_flipped_bit_is_noticed(self, tmp_path):
-        store.save(xr.Dataset({"a": ("x", np.arange(64.0))}), tmp_path / "r.zarr")
+        bnjax.save_results(xr.Dataset({"a": ("x", np.arange(64.0))}), tmp_path / "r.zarr")
         chunk = tmp_path / "r.zarr" / "a" / "c" / "0"
         data = bytearray(chunk.read_bytes())
         data[len(data) // 2] ^= 1
         chunk.write_bytes(data)
         with pytest.raises(ValueError, match="checksum"):
-            store.load(tmp_path / "r.zarr")
+            bnjax.load_results(tmp_path / "r.zarr")
 
     def test_a_config_that_json_cannot_hold(self, blobs):
         with pytest.raises(TypeError, match="not JSON serializable"):
@@ -341,3 +325,69 @@ def test_peak_memory_does_not_grow_with_the_grid():
         return int(subprocess.check_output([sys.executable, "-c", MEMORY, str(cells)]))
 
     assert peak(1000) <= 1.1 * peak(100)
+
+
+class TestAProbeChangesNothing:
+    """On CPU, to the last bit, however much of what the run computes the probe computes, too."""
+
+    @staticmethod
+    def everything(model):
+        """Loss and gradient on the training data, accuracy on the test data, and the norm of all that it sees."""
+
+        def measure(s):
+            def loss(params):
+                outputs, _ = model.apply(params, s.batch_stats, jnp.asarray(s.ds.train_x), train=True)
+                return -jax.nn.log_softmax(outputs)[jnp.arange(len(outputs)), s.ds.train_y].mean()
+
+            found, gradient = jax.value_and_grad(loss)(s.params)
+            outputs, _ = model.apply(s.params, s.batch_stats, jnp.asarray(s.ds.test_x), train=False)
+            right = (outputs.argmax(-1) == s.ds.test_y).mean()
+            leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves((s, gradient))]
+            norms = {f"norm_{i}": jnp.linalg.norm(leaf.ravel()) for i, leaf in enumerate(leaves)}
+            return {"loss": found, "right": right} | norms
+
+        return bnjax.Probe(measure)
+
+    @staticmethod
+    def weights(model):
+        return probes.weights(model, (12,), batch_size=64)
+
+    @pytest.mark.parametrize("probe", [everything, pytest.param(weights, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        ("model", "options", "segment", "width"),
+        [
+            (bnjax.mlp((8,), 4), {"eval_every": 6}, None, 2),
+            *(
+                pytest.param(model, options, segment, width, marks=pytest.mark.slow)
+                for width in (1, 4)
+                for model, options, segment in [
+                    (MODEL, {}, None),
+                    (MODEL, {"eval_every": None, "optimizer": "adam"}, None),
+                    (TestACellIsBitwiseItself.LINEAR, {"eval_every": 2}, None),
+                    (TestACellIsBitwiseItself.LINEAR, {"eval_every": None}, 5),
+                    (bnjax.mlp((8, 8), 4, "sigmoid", norm_position="after_activation"), {}, 4),
+                    (bnjax.mlp((64, 64), 4), {"eval_every": 1, "batch_size": 48}, None),
+                ]
+            ),
+        ],
+    )
+    def test_whatever_it_measures(self, blobs, model, options, segment, width, probe):
+        config = bnjax.TrainConfig(**{"steps": 12, "batch_size": 32, "eval_every": 5} | options)
+        axes = {"seed": range(3), "init_scale": [0.1, 1.0, 100.0]}
+        hyper = bnjax.Hyperparams(learning_rate=0.02, weight_decay=1e-3)
+        plain, probed = (
+            bnjax.sweep(
+                model,
+                blobs,
+                config,
+                axes,
+                hyper=hyper,
+                probe=one,
+                segment=segment,
+                width=width,
+                progress=False,
+            )[[*History._fields]]
+            for one in (None, probe(model))
+        )
+        assert (0 < plain.diverged.mean() < 1) == (model is TestACellIsBitwiseItself.LINEAR)
+        xr.testing.assert_equal(probed, plain)

@@ -1,4 +1,4 @@
-"""One run: it learns, agrees with a plain loop, is frozen when it diverges, and recompiles for nothing."""
+"""One run: it learns, agrees with a plain loop, counts as guessing once it diverged, and recompiles for nothing."""
 
 import itertools
 
@@ -9,6 +9,7 @@ import pytest
 
 import bnjax
 from bnjax import training
+from bnjax.types import History
 
 MODEL = bnjax.mlp((16, 16), 4)
 SMALL = bnjax.mlp((16,), 4)  # compiles in two thirds of the time
@@ -135,9 +136,7 @@ def test_evaluations(blobs, eval_every, steps):
 @pytest.mark.slow
 @pytest.mark.parametrize("eval_every", [3, None])
 def test_a_probe_sees_every_state_and_changes_nothing(blobs, eval_every):
-    """The states of shorter runs; bitwise equality is not promised between two programs: 7 steps amplify 1e-7 less
-    than 1e-4.
-    """
+    """But for rounding: the probe is part of the one program. 7 steps amplify 1e-7 to less than 1e-4."""
     config = bnjax.TrainConfig(steps=7, batch_size=32, eval_every=eval_every)
 
     def measure(s):
@@ -182,168 +181,206 @@ def test_test_split_is_evaluated_whole(blobs, monkeypatch):
     np.testing.assert_allclose(found.test_accuracy, expected.test_accuracy, rtol=1e-6)
 
 
-class TestDivergence:
-    model = bnjax.mlp((16, 16), 4, norm="none", activation="linear")
+class TestPieces:
+    @pytest.mark.parametrize("every", [None, 1, 4, 5, 11, 12])
+    @pytest.mark.parametrize("segment", [None, 1, 2, 4, 5, 9, 11, 20])
+    def test_are_the_run(self, every, segment):
+        config = bnjax.TrainConfig(steps=11, eval_every=every)
+        first, evaluated = 0, []
+        for start, steps, evaluations in training.pieces(config, segment):
+            assert start == first
+            assert 1 <= steps <= (segment or 11)
+            evaluated += [start + steps * (i + 1) // evaluations for i in range(evaluations)]
+            first += steps
+        assert first == 11
+        assert tuple(evaluated) == config.eval_steps
 
-    def test_is_a_result_frozen_at_the_last_finite_state(self, blobs):
-        history = run(blobs, bnjax.Hyperparams(learning_rate=1e3), self.model, eval_every=1)
+    def test_are_few(self):
+        assert training.pieces(bnjax.TrainConfig(steps=11, eval_every=4)) == [(0, 8, 2), (8, 3, 1)]
+
+
+class TestDivergence:
+    LINEAR = bnjax.mlp((16, 16), 10, norm="none", activation="linear")
+
+    def test_from_there_on_it_counts_as_guessing(self, blobs):
+        history = run(blobs, bnjax.Hyperparams(learning_rate=1e3), self.LINEAR, eval_every=1)
         assert history.diverged
         step = int(history.diverged_step)
-        assert 0 < step < 40
-        assert all(np.isfinite(curve).all() for curve in history[:4])
-        # evaluation e is taken after step e: those from the diverging step on show the state before it
-        for curve in history[:4]:
-            assert (curve[step:] == curve[-1]).all()
-        assert history.test_loss[-1] < training.LARGEST
-        assert history.test_loss[0] != history.test_loss[-1]
-        # The loss of `step` is infinite, so the state it was computed in is not the one that is kept:
-        # that is the state of one evaluation earlier.
-        assert history.test_loss[step - 1] == training.LARGEST
-        assert history.test_loss[step - 2] == history.test_loss[-1]
+        assert 1 < step < 39
+        # Step number `step` is in the interval of that index; the test loss there is of the state after it.
+        np.testing.assert_array_equal(np.isinf(history.train_loss), np.arange(40) >= step)
+        assert np.isfinite(history.train_loss[:step]).all()
+        assert np.isfinite(history.test_loss[: step - 1]).all()
+        assert np.isinf(history.test_loss[step:]).all()
+        for accuracy in (history.train_accuracy, history.test_accuracy):
+            assert accuracy.dtype == np.float32
+            np.testing.assert_array_equal(accuracy[step:], np.float32(1) / np.float32(10))
+        assert np.unique(history.train_accuracy[:step]).size > 1
 
     @pytest.mark.slow
-    def test_shown_by_the_loss_after_the_last_step_alone(self, blobs):
+    def test_shown_by_the_test_loss_alone(self, blobs):
         """One step whose update is finite, to a network whose loss is not."""
         hyper = bnjax.Hyperparams(learning_rate=1e25, momentum=0.0)
-        history = run(blobs, hyper, self.model, steps=1)
-        assert history.diverged
+        history = run(blobs, hyper, self.LINEAR, steps=1)
         assert history.diverged_step == 1
         assert history.train_loss < 100
-        assert history.test_loss == training.LARGEST
-
-    def test_of_the_batch_statistics_alone(self, blobs):
-        """A running statistic that overflows at step 3, though loss and parameters stay finite."""
-        model = bnjax.mlp((4,), 4)
-
-        def apply(params, batch_stats, x, *, train):
-            outputs, stats = model.apply(params, batch_stats["net"], x, train=train)
-            return outputs, {"net": stats, "power": batch_stats["power"] * (1e10 if train else 1)}
-
-        def init(*args):
-            params, stats = model.init(*args)
-            return params, {"net": stats, "power": jnp.float32(1)}
-
-        history = run(blobs, model=bnjax.Model(init, apply))
-        assert history.diverged
-        assert history.diverged_step == 3  # 1e40 is the fourth power
+        assert history.test_loss == np.inf
+        assert history.test_accuracy == np.float32(0.1)
 
     @pytest.mark.slow
-    def test_at_the_first_step(self, blobs):
-        history = run(blobs, bnjax.Hyperparams(init_scale=1e30), self.model)
-        assert history.diverged
-        assert history.diverged_step == 0
-        assert history.test_loss == history.train_loss == training.LARGEST
-        assert 0 <= history.test_accuracy <= 1
-
-    @pytest.mark.slow
-    def test_the_first_step_may_be_the_last_finite_loss(self, blobs):
-        """A finite loss whose update overflows: the loss counts, the update does not."""
-        history = run(blobs, bnjax.Hyperparams(learning_rate=3e38, momentum=0.0), self.model)
-        untrained = run(blobs, bnjax.Hyperparams(learning_rate=1e-30), self.model)
-        assert history.diverged_step == 0
-        assert history.test_loss == untrained.test_loss
-        assert history.train_loss < 100
-
-    @pytest.mark.slow
-    def test_a_run_that_does_not_diverge_is_not_touched(self, blobs):
+    def test_not_by_large_finite_numbers(self, blobs):
         assert not run(blobs, bnjax.Hyperparams(init_scale=1e4)).diverged
 
+    def test_the_mean_of_large_finite_losses_does_not_overflow(self):
+        """9 losses of 1e38, whose sum float32 cannot hold; a running mean of equal numbers rounds nothing."""
+        x, y = np.zeros((9, 1), np.float32), np.zeros(9, np.int32)
+        model = bnjax.Model(
+            lambda key, shape, scale: ({"logits": jnp.float32([0, 1e38])}, {}),
+            lambda params, stats, x, *, train: (jnp.tile(params["logits"], (len(x), 1)), stats),
+        )
+        history = run(bnjax.Dataset(x, y, x[:1], y[:1]), model=model, steps=9, batch_size=1)
+        assert not history.diverged
+        assert history.train_loss == history.test_loss == np.float32(1e38)
 
-def doomed(of):
-    """A network that counts its steps, and goes wrong in step number `init_scale`, by its loss or by its gradient."""
+    @pytest.mark.parametrize("seeds", [3, 4])
+    def test_medians_need_no_special_case(self, blobs, seeds):
+        """Over an odd and an even number of runs; that of scales where most diverge is that of guessing."""
+        config = bnjax.TrainConfig(steps=12, batch_size=32)
+        axes = {"seed": range(seeds), "init_scale": [0.1, 1.0, 1e20]}
+        results = bnjax.sweep(self.LINEAR, blobs, config, axes, progress=False)
+        np.testing.assert_array_equal(results.diverged, [[False, False, True]] * seeds)
+        medians = results.median("seed").isel(step=-1)
+        for loss in (medians.train_loss, medians.test_loss):
+            np.testing.assert_array_equal(np.isinf(loss), [False, False, True])
+        for accuracy in (medians.train_accuracy, medians.test_accuracy):
+            assert (accuracy[:2] > 0.2).all()
+            assert accuracy[2] == np.float32(0.1)
+
+
+LOSS, GRADIENT, TEST_LOSS = 1000 * np.arange(3)
+COUNTED = 8  # by this much smaller logits are than the number of steps
+
+
+def doomed():
+    """A network that counts its steps, and goes wrong in step number n: by its loss, by its gradient, or by its test
+    loss from the n-th step on, where init_scale is LOSS + n, GRADIENT + n or TEST_LOSS + n.
+    """
 
     @jax.custom_vjp
-    def counted(n, limit):
-        return jnp.where((of == "loss") & (n >= limit), jnp.nan, n)
+    def counted(n, gradient):
+        return n
 
-    def forward(n, limit):
-        return counted(n, limit), (n, limit)
-
-    def backward(kept, g):
-        n, limit = kept
-        g = jnp.where(jnp.isfinite(g), -1.0, jnp.nan)
-        return jnp.where((of == "gradient") & (n >= limit), jnp.inf, g), jnp.zeros(())
-
-    counted.defvjp(forward, backward)
+    counted.defvjp(lambda n, gradient: (n, gradient), lambda gradient, _: (gradient, jnp.zeros(())))
 
     def init(key, shape, scale):
-        return {"n": jnp.zeros(()), "limit": jnp.float32(scale)}, {}
+        return {"n": jnp.zeros(()), "doom": jnp.float32(scale)}, {"steps": jnp.int32(0)}
 
     def apply(params, stats, x, *, train):
-        n = counted(params["n"], params["limit"]) if train else params["n"]
-        return jnp.stack([jnp.zeros(len(x)), jnp.full(len(x), n)], 1) / 8, stats
+        kind, limit = jnp.divmod(params["doom"], 1000)
+        now = jax.lax.stop_gradient((params["n"] >= limit) * (1 + 1000 * kind)) - 1
+        n = counted(params["n"], jnp.where(now == GRADIENT, -jnp.inf, -1.0))
+        n = jnp.where(now == (LOSS if train else TEST_LOSS), jnp.nan, n)
+        logits = jnp.stack([jnp.zeros(len(x)), jnp.full(len(x), n)], 1) / COUNTED
+        return logits, {"steps": stats["steps"] + train}
 
     return bnjax.Model(init, apply)
 
 
-def expected_of_the_doomed(of, limit, config):
-    """Step by step: (training and test loss at each evaluation, the step in which it diverged)."""
-    loss = np.log1p(np.exp(np.arange(config.steps + 2) / 8))  # of label 0
-    n, diverged, since, curves = 0, -1, [], []
+def expected_of_the_doomed(doom, config):
+    """Step by step: ({field of History: its values}, how many steps are taken)."""
+    kind, limit = doom // 1000 * 1000, doom % 1000
+    losses = np.log1p(np.exp(np.arange(config.steps + 1) / COUNTED))  # of label 0
+    right = np.arange(config.steps + 1) == 0  # of two equal logits the first
+    diverged, steps, since, curves = -1, 0, [], []
     for step in range(config.steps):
         if diverged < 0:
-            if n < limit:
-                since.append(loss[n])
-                n += 1
-            else:
-                diverged = step
-                if of == "loss":
-                    n = max(n - 1, 0)
-                else:
-                    since.append(loss[n])
+            steps += 1
+            wrong = (kind == LOSS and step == limit) or (kind == GRADIENT and step == limit + 1)
+            diverged = step if wrong else -1
+            since.append((losses[step], right[step]))
         if step + 1 in config.eval_steps:
-            before = curves[-1][0] if curves else training.LARGEST
-            curves.append((np.mean(since) if since else before, loss[n]))
+            train = np.mean(since, 0) if diverged < 0 else (np.inf, 0.5)
+            wrong = (kind == TEST_LOSS and steps >= limit) or (kind == GRADIENT and steps == limit + 1)
+            diverged = step + 1 if diverged < 0 and wrong else diverged
+            test = (losses[steps], right[steps]) if diverged < 0 else (np.inf, 0.5)
+            curves.append((*train, *test))
             since = []
-    return np.array(curves).T, diverged
+    values = (*np.array(curves).T, diverged >= 0, diverged)
+    return dict(zip(History._fields, values, strict=True)), steps
 
 
-@pytest.mark.parametrize("of", ["loss", "gradient"])
-@pytest.mark.parametrize(
-    ("examples", "eval_every", "segment"),
-    [
-        (33, 37, None),  # an epoch of one block and a step
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [
-                (500, None, None),
-                (500, 1, 9),
-                (500, None, 33),
-                (7, 8, 20),
-                (65, None, 20),
-                (1, 3, None),
-            ]
-        ),
-    ],
-)
-def test_any_step_may_be_the_last(of, examples, eval_every, segment):
-    # Each by itself; and all at once, beside others that go on, are gone, or go a step later.
-    config = bnjax.TrainConfig(steps=100, batch_size=1, eval_every=eval_every)
-    limits = np.arange(102)
-    x, y = np.zeros((examples, 1), np.float32), np.zeros(examples, np.int32)
-    ds = bnjax.Dataset(x, y, x[:2], y[:2])
-    hyper = bnjax.Hyperparams(init_scale=limits.astype(np.float32), learning_rate=1.0, momentum=0.0)
-    axes = (bnjax.Hyperparams(None, 0, None, None, None), None)
-    run = training.make_run(doomed(of), config)
+def parts_of_the_doomed(config, segment=None, **options):
+    """train(doom, ds) -> (History, number of steps that were taken), in segments."""
+    run = training.make_run(doomed(), config, **options)
 
-    def train(hyper, ds):
-        state, _ = run.start(hyper, ds)
+    def train(doom, ds):
+        hyper = bnjax.Hyperparams(init_scale=doom, learning_rate=1.0, momentum=0.0)
+        state = run.start(hyper, ds)
         parts = []
         for first, steps, evaluations in training.pieces(config, segment):
             state, recorded = run.advance(state, hyper, ds, first, steps, evaluations)
             parts += [recorded] * bool(evaluations)
-        return run.finish(state, jax.tree.map(lambda *v: jnp.concatenate(v), *parts))
+        recorded = jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
+        return training.history_of(state.diverged_step, recorded), state.batch_stats["steps"]
 
-    together = jax.jit(jax.vmap(train, axes))(hyper, ds)
-    alone = jax.jit(train)
-    for i, limit in enumerate(limits):
-        (train_loss, test_loss), diverged = expected_of_the_doomed(of, limit, config)
-        one = alone(hyper._replace(init_scale=np.float32(limit)), ds)
-        for history in (one, jax.tree.map(lambda a, i=i: a[i], together)):
-            assert history.diverged_step == diverged
-            assert history.diverged == (diverged >= 0)
-            np.testing.assert_allclose(history.train_loss, train_loss, rtol=1e-5)  # float32 means of 100
-            np.testing.assert_allclose(history.test_loss, test_loss, rtol=1e-6)
+    return train
+
+
+def zeros(examples):
+    x, y = np.zeros((examples, 1), np.float32), np.zeros(examples, np.int32)
+    return bnjax.Dataset(x, y, x[:2], y[:2])
+
+
+@pytest.mark.parametrize(
+    ("examples", "eval_every", "segment"),
+    [
+        (33, 37, None),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(500, None, None), (500, 1, 34), (7, 8, 20), (65, None, 34), (1, 3, None)]
+        ),
+    ],
+)
+def test_any_step_may_be_the_last(examples, eval_every, segment):
+    """Of a run by itself, and of one beside others that go on, are gone, or go a step later."""
+    config = bnjax.TrainConfig(steps=100, batch_size=1, eval_every=eval_every)
+    ds = zeros(examples)
+    dooms = np.add.outer([LOSS, GRADIENT, TEST_LOSS], np.arange(102)).ravel().astype(np.float32)
+    train = parts_of_the_doomed(config, segment)
+    stopping = parts_of_the_doomed(config, segment, axis_name="cells")
+    one = jax.jit(train)
+    alone = [one(doom, ds) for doom in dooms]
+    alone = jax.tree.map(lambda *values: np.stack(values), *alone)
+    beside = jax.jit(jax.vmap(train, (0, None)))(dooms, ds)
+    together, _ = jax.jit(jax.vmap(stopping, (0, None), axis_name="cells"))(dooms, ds)
+    expected = [expected_of_the_doomed(int(doom), config) for doom in dooms]
+    steps = [steps for _, steps in expected]
+    np.testing.assert_array_equal(alone[1], steps)
+    np.testing.assert_array_equal(beside[1], steps)
+    for history in (alone[0], beside[0], together):
+        for name, values in history._asdict().items():
+            wanted = np.stack([one[name] for one, _ in expected])
+            # the running mean of up to 100 float32 numbers rounds each time
+            np.testing.assert_allclose(values, wanted, rtol=1e-5, err_msg=name)
+
+
+class TestNoFurtherStepIsTaken:
+    config = bnjax.TrainConfig(steps=20, batch_size=1, eval_every=6)
+
+    def steps(self, dooms, **options):
+        train = parts_of_the_doomed(self.config, axis_name="cells", **options)
+        return jax.jit(jax.vmap(train, (0, None), axis_name="cells"))(np.float32(dooms), zeros(5))[1].tolist()
+
+    def test_once_all_have_diverged(self):
+        assert self.steps([LOSS + 3, LOSS + 9, GRADIENT + 1]) == [10] * 3
+        assert self.steps([LOSS + 3, TEST_LOSS + 7, LOSS + 1]) == [12] * 3  # at the evaluation after step 12
+
+    def test_but_as_long_as_one_goes_on(self):
+        assert self.steps([LOSS + 3, LOSS + 99, LOSS]) == [20] * 3
+
+    def test_but_in_probed_runs(self):
+        probe = bnjax.Probe(lambda s: {"n": s.params["n"]})
+        assert self.steps([LOSS + 3, LOSS + 9], probe=probe) == [20] * 2
 
 
 def test_frozen_kernels_stay_even_under_weight_decay(blobs):

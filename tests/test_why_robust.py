@@ -265,6 +265,14 @@ def test_frozen(learns):
     assert found[1:] == (["supported"] * 2 if learns else ["not supported"] * 2)
 
 
+def test_frozen_takes_a_diverged_run_for_guessing_among_the_classes():
+    found = results({"task": ["images", "xor"], "model": ["trained"], "seed": SEEDS}, 0.1)
+    found = found.assign(diverged=found.diverged | (found.seed == SEEDS[0]))
+    for task, chance in (("images", 0.1), ("xor", 0.5)):
+        accuracy = frozen.final_accuracy(found, task).isel(model=0)
+        assert accuracy.values.tolist() == [chance] + [0.1] * (len(SEEDS) - 1)
+
+
 @pytest.mark.parametrize("enough", [True, False])
 def test_detached(enough):
     dims = {"model": list(detached.DETACHED), "learning_rate": [0.1], "init_scale": SCALES, "seed": SEEDS}
@@ -428,10 +436,12 @@ def test_rates(better):
 
 
 def test_steps_to():
-    dims = {"model": ["a", "b", "c"]}
-    loss = xr.DataArray([[1.0, 0.25], [0.2, 0.1], [2.0, 1.0]], {**dims, "step": [50, 100]}, ["model", "step"])
-    found = rates.steps_to(results(dims, 0.5, loss), 0.5)
-    np.testing.assert_allclose(found, [75, 50, np.inf])  # half the way on a logarithmic scale
+    curves = [[1.0, 0.25], [0.2, 0.1], [2.0, 1.0], [np.inf, np.inf], [0.2, np.inf]]
+    dims = {"model": list("abcde")}
+    loss = xr.DataArray(curves, {**dims, "step": [50, 100]}, ["model", "step"])
+    found = results(dims, 0.5, loss)
+    found = rates.steps_to(found.assign(diverged=np.isinf(loss.isel(step=-1))), 0.5)
+    np.testing.assert_allclose(found, [75, 50, np.inf, np.inf, np.inf])  # half the way on a logarithmic scale
 
 
 @pytest.mark.parametrize("stops", [True, False])

@@ -17,6 +17,7 @@ _RANGES = {
     "momentum": (np.float32, 0, True, 1, "in [0, 1) (the optimizer's)"),
     "weight_decay": (np.float32, 0, True, math.inf, "zero or positive, and finite in float32"),
 }
+DTYPES = {name: np.dtype(found[0]) for name, found in _RANGES.items()}
 
 
 def check_value(name: str, value: Any) -> None:
@@ -55,7 +56,7 @@ def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
             raise ValueError(f"axis {name} is empty")
         for value in values:
             check_value(name, value)
-        used, counts = np.unique(np.asarray(values).astype(_RANGES[name][0]), return_counts=True)
+        used, counts = np.unique(np.asarray(values).astype(DTYPES[name]), return_counts=True)
         if (counts > 1).any():
             raise ValueError(
                 f"axis {name} has duplicate values: {', '.join(f'{v:g}' for v in used[counts > 1])}"
@@ -78,7 +79,25 @@ def cells(axes: Mapping[str, np.ndarray], hyper: Hyperparams) -> Hyperparams:
     mesh = dict(zip(axes, np.meshgrid(*axes.values(), indexing="ij"), strict=True))
     return Hyperparams(
         **{
-            name: np.broadcast_to(mesh.get(name, value), shape).reshape(-1).astype(_RANGES[name][0])
+            name: np.broadcast_to(mesh.get(name, value), shape).reshape(-1).astype(DTYPES[name])
             for name, value in hyper._asdict().items()
         }
     )
+
+
+def positions(axes: Mapping[str, np.ndarray], hyper: Hyperparams, wanted: Hyperparams) -> np.ndarray:
+    """Where cells are in the order of `cells`, [wanted]; -1 for those that the grid does not have.
+
+    Args:
+      axes: from `check`.
+      hyper: the values of everything that is not swept.
+      wanted: cells in the precision of the compiled program, an array in each field.
+    """
+    place, inside = np.zeros(len(wanted.seed), np.int64), np.ones(len(wanted.seed), bool)
+    for name in [*axes, *(set(Hyperparams._fields) - {*axes})]:
+        used = np.atleast_1d(axes.get(name, getattr(hyper, name))).astype(DTYPES[name])
+        order = np.argsort(used)
+        at = order[np.minimum(np.searchsorted(used[order], getattr(wanted, name)), len(used) - 1)]
+        inside &= used[at] == getattr(wanted, name)
+        place = place * len(used) + at
+    return np.where(inside, place, -1)

@@ -49,6 +49,7 @@ def final_accuracy(results: xr.Dataset, chance: float) -> xr.DataArray:
     Raises:
       ValueError: if `results` has other dimensions, or lacks one.
     """
+    # Results that earlier versions stored have the accuracy of a diverged run's last finite state.
     accuracy = results.test_accuracy.isel(step=-1, drop=True).where(~results.diverged, chance)
     if "learning_rate" not in accuracy.dims:
         accuracy = accuracy.expand_dims(learning_rate=[results.attrs["hyper"]["learning_rate"]])

@@ -1,416 +1,383 @@
-"""Results on disk: one Zarr v3 group per experiment, which xarray opens, written chunk by chunk while a sweep runs.
+"""Results on disk: a log of what was asked for, and parts that hold cells. A data set is a view of the two.
 
     results.zarr/
-        zarr.json, test_loss/..., done/..., ...    what `xarray.open_zarr(path, consolidated=False)` shows
-        bnjax/zarr.json                  the record: the attributes of the root again
-        bnjax/ledger/MODEL.CHUNK         a committed chunk: the digest of its values; written last
-        bnjax/checkpoint/MODEL.CHUNK     a chunk in the making: cells done, and the state of those half way
-        bnjax/lease/INDEX-of-COUNT       who is writing, and when that was last confirmed
+        bnjax/log/00000001          what was asked for: the grid, its variables, the identities of its networks
+        bnjax/parts/IDENTITY-DIGEST    cells that are done: their hyperparameters and values
+        bnjax/states/IDENTITY-DIGEST   a group of cells half way
+        bnjax/lock                  who is writing
+        zarr.json, test_loss/, ...  the export: the finished grid for `xarray.open_zarr`. Nothing here relies on it
 
-Variables have dimensions (model,) *axes (, step), and are stored in chunks of whole cells, so that no two chunks
-share a file. A chunk counts once its ledger entry stands, which is written after its values and holds their digest.
-Whatever dies before that leaves a chunk that does not count and is computed again; whatever is damaged afterwards no
-longer agrees with its digest. Every array carries CRC32C checksums, too, for readers that know nothing of this.
+Every file but the export and the lock is put once, only if there is none of its name, and never changed. A part is
+named by the digest of its content, and by its identity: what its network computes, on what data and with what, and
+the width and segment that it ran at. So a part can be missing, damaged or of no use, but it cannot be read as
+something else, whoever wrote it and when; a larger grid, or another order, is another view of the parts. Of two
+parts with the same cell, the one whose name sorts first counts.
 
-`path` may be a local folder, a URL that zarr takes (s3://..., with the fsspec package for it), or a zarr store.
+To overwrite is to ask for something else in a record that says so. Until it is complete, the record before it stands.
 """
 
-import contextlib
+import dataclasses
 import io
-import json
 import logging
-import math
-import shutil
-import uuid
-import warnings
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from hashlib import blake2b
-from pathlib import Path
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
-import zarr
-from zarr.codecs import Crc32cCodec
 
-from bnjax.sweeps.exchange import cut_off, replace, replaced, watched
-from bnjax.sweeps.storage import Files, StoreLike, exclusive
+from bnjax import export
+from bnjax.export import Damaged, first_line
+from bnjax.sweeps import grid
+from bnjax.sweeps.files import Files, PathLike, files_at, in_words
+from bnjax.sweeps.layout import IDENTITY, Layout, View, compared, digest
+from bnjax.sweeps.program import in_groups
+from bnjax.sweeps.provenance import differences
+from bnjax.types import Hyperparams
 
 log = logging.getLogger("bnjax")
 
-COMPRESSORS = (zarr.codecs.ZstdCodec(), Crc32cCodec())
-RECORD, LEDGER, CHECKPOINT = "bnjax/zarr.json", "bnjax/ledger", "bnjax/checkpoint"
-ROOT = {"layout", "checksum"}  # the attributes that a sweep's root has, and no others'
+LOG, PARTS, STATES = "bnjax/log", "bnjax/parts", "bnjax/states"
+CHANGES = ("models", "config", "data", "versions", "device", "plan")  # what may be allowed to change
+READINGS = 10  # of what does not stand still, at most
+NUMBER = re.compile(r"[0-9]{8}")  # of a record
 
 
-class Damaged(ValueError):
-    """Stored results that are not what was stored."""
+# Parts
 
 
-class Variable(NamedTuple):
-    """One variable of the results."""
-
-    dims: tuple[str, ...]  # beside the model and the axes
-    dtype: str
-    attrs: Mapping[str, str]
-
-
-class Layout(NamedTuple):
-    """What a store holds, but for the values of its variables."""
-
-    models: tuple[str, ...]
-    labelled: bool  # whether there is a dimension "model"
-    axes: Mapping[str, np.ndarray]
-    further: Mapping[str, np.ndarray]  # the coordinates of the other dimensions
-    variables: Mapping[str, Variable]
-    tile: tuple[int, ...]  # a chunk's extent along the axes
-    attributes: Mapping[str, Any]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the axes."""
-        return tuple(len(values) for values in self.axes.values())
-
-    @property
-    def coordinates(self) -> dict[str, np.ndarray]:
-        """Of all dimensions."""
-        found = {**self.axes, **self.further} | ({"model": self.models} if self.labelled else {})
-        return {name: _objects(np.asarray(values)) for name, values in found.items()}
-
-    def dims(self, name: str) -> tuple[str, ...]:
-        """Of a variable."""
-        return (*(["model"] if self.labelled else []), *self.axes, *self.variables[name].dims)
-
-    def extent(self, name: str) -> tuple[int, ...]:
-        """Of a variable, beside the model and the axes."""
-        return tuple(len(self.further[dim]) for dim in self.variables[name].dims)
-
-    def region(self, chunk: "Chunk") -> tuple[int | slice, ...]:
-        """Where a chunk is in a variable."""
-        return (*([chunk.model] if self.labelled else []), *chunk.region)
-
-    def who(self, chunk: "Chunk") -> str:
-        """A chunk in words."""
-        name = self.models[chunk.model]
-        return f"cells {chunk.cells[0]} to {chunk.cells[-1]}{f' of {name}' if name else ''}"
-
-    def chunks(self) -> list["Chunk"]:
-        """All chunks, in the order in which they are computed."""
-        tiles = [*self._tiles()]
-        return [Chunk(i, j, *where) for i in range(len(self.models)) for j, where in enumerate(tiles)]
-
-    def as_attributes(self) -> dict[str, Any]:
-        """All of it as JSON holds it, with a checksum: the attributes of the root group."""
-        further = {name: np.asarray(values).tolist() for name, values in self.further.items()}
-        layout = {
-            "models": list(self.models),
-            "labelled": self.labelled,
-            "axes": {name: values.tolist() for name, values in self.axes.items()},
-            "further": further,
-            "variables": {name: [list(v.dims), v.dtype, dict(v.attrs)] for name, v in self.variables.items()},
-            "tile": list(self.tile),
-        }
-        attributes = json.loads(json.dumps({**self.attributes, "layout": layout}))
-        return attributes | {"checksum": _checksum(attributes)}
-
-    @classmethod
-    def from_attributes(cls, attributes: Mapping[str, Any]) -> "Layout":
-        """The inverse.
-
-        Raises:
-          ValueError: if the checksum does not agree.
-          KeyError: if there is none.
-        """
-        attributes = dict(attributes)
-        if attributes.pop("checksum") != _checksum(attributes):
-            raise ValueError("checksum")
-        given = attributes.pop("layout")
-        return cls(
-            tuple(given["models"]),
-            given["labelled"],
-            {
-                name: np.asarray(v, np.int64 if name == "seed" else np.float64)
-                for name, v in given["axes"].items()
-            },
-            {name: _objects(np.asarray(values)) for name, values in given["further"].items()},
-            {name: Variable(tuple(v[0]), v[1], v[2]) for name, v in given["variables"].items()},
-            tuple(given["tile"]),
-            attributes,
-        )
-
-    def _tiles(self) -> Iterator[tuple[range, tuple[slice, ...]]]:
-        counts = [math.ceil(n / k) for n, k in zip(self.shape, self.tile, strict=True)]
-        numbers = np.arange(math.prod(self.shape)).reshape(self.shape)
-        for index in np.ndindex(*counts):
-            region = tuple(
-                slice(i * k, min((i + 1) * k, n))
-                for i, k, n in zip(index, self.tile, self.shape, strict=True)
-            )
-            cells = numbers[region].reshape(-1)
-            yield range(int(cells[0]), int(cells[-1]) + 1), region
+def pack(identity: str, cells: Hyperparams, arrays: Mapping[str, np.ndarray], *, compress: bool) -> bytes:
+    """A part, or the state of a group: its content."""
+    text = io.BytesIO()
+    save = np.savez_compressed if compress else np.savez
+    save(text, identity=np.array(identity), **{f"cell {n}": v for n, v in cells._asdict().items()}, **arrays)
+    return text.getvalue()
 
 
-def _checksum(attributes: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(attributes, sort_keys=True).encode())
+def unpack(name: str, data: bytes) -> tuple[str, Hyperparams, dict[str, np.ndarray]]:
+    """(identity, cells, arrays) of the file of that name.
 
-
-class Chunk(NamedTuple):
-    """Cells that are committed together."""
-
-    model: int
-    number: int  # among the model's
-    cells: range  # in the order of `bnjax.sweeps.grid.cells`
-    region: tuple[slice, ...]  # the same, in the array of the axes
-
-    @property
-    def key(self) -> str:
-        """Its name in the store."""
-        return f"{self.model}.{self.number}"
-
-
-def tile_of(shape: Sequence[int], cells: int) -> tuple[int, ...]:
-    """The extent of chunks of at most `cells` cells in a row: whole trailing axes, a part of one, 1 of those before."""
-    found, room = [], cells
-    for n in reversed(shape):
-        found.append(max(1, min(n, room)))
-        room = room // n if found[-1] == n else 0
-    return tuple(reversed(found))
-
-
-# The store of a sweep
-
-
-class Store:
-    """Results in the making. Made by `create` or `open_store`."""
-
-    def __init__(self, files: Files, layout: Layout, mode: str = "a"):
-        self.files, self.layout = files, layout
-        self.group = zarr.open_group(files.store, mode=mode)
-        self.committed: set[str] = set()
-
-    def describe(self, attributes: Mapping[str, Any]) -> None:
-        """Replaces the attributes."""
-        self.layout = self.layout._replace(attributes=attributes)
-        for key, value in frame(self.layout).items():
-            self.files.put(key, value)
-
-    def commit(self, chunk: Chunk, values: Mapping[str, np.ndarray]) -> None:
-        """Writes the values [cells, ...] of a chunk, and then that they are there."""
-        values = {name: self._prepared(name, chunk, values) for name in self.layout.variables}
-        with self.files.named():
-            for name, value in values.items():
-                self.group[name][self.layout.region(chunk)] = value
-        self.files.put(f"{LEDGER}/{chunk.key}", digest(values).encode())
-        self.files.delete(f"{CHECKPOINT}/{chunk.key}")
-        self.committed.add(chunk.key)
-
-    def read(self, chunk: Chunk) -> dict[str, np.ndarray]:
-        """The values [cells, ...] of a committed chunk."""
-        n = len(chunk.cells)
-        return {
-            name: np.asarray(self.group[name][self.layout.region(chunk)]).reshape(
-                n, *self.layout.extent(name)
-            )
-            for name in self.layout.variables
-        }
-
-    def remaining(self) -> list[Chunk]:
-        """The chunks that are not committed."""
-        return [chunk for chunk in self.layout.chunks() if chunk.key not in self.committed]
-
-    def save_checkpoint(self, chunk: Chunk, arrays: Mapping[str, np.ndarray]) -> None:
-        """Keeps these arrays for the chunk until it is committed."""
-        text = io.BytesIO()
-        np.savez(text, **arrays)
-        data = text.getvalue()
-        self.files.put(f"{CHECKPOINT}/{chunk.key}", zlib.crc32(data).to_bytes(4, "big") + data)
-
-    def load_checkpoint(self, chunk: Chunk) -> dict[str, np.ndarray]:
-        """The arrays last kept for the chunk; none if there are none, or they are damaged."""
-        data = self.files.get(f"{CHECKPOINT}/{chunk.key}")
-        if data is None:
-            return {}
-        if zlib.crc32(data[4:]).to_bytes(4, "big") != data[:4]:
-            log.warning(
-                "%s: the checkpoint %s is damaged; its cells are trained again", self.files.name, chunk.key
-            )
-            return {}
-        with np.load(io.BytesIO(data[4:])) as found:
-            return dict(found)
-
-    def verify(self) -> None:
-        """Finds out which chunks are committed; what is damaged no longer is, and says so."""
-        entries, checkpoints = ({*self.files.list(folder)} for folder in (LEDGER, CHECKPOINT))
-        for chunk in self.layout.chunks():
-            if chunk.key not in entries:
-                continue
-            problem = self.problem(chunk)
-            if problem is None:
-                self.committed.add(chunk.key)
-                if chunk.key in checkpoints:  # its process died before it removed it
-                    self.files.delete(f"{CHECKPOINT}/{chunk.key}")
-                continue
-            self.files.delete(f"{LEDGER}/{chunk.key}")
-            log.warning("%s: %s; they are trained again", self.files.name, problem)
-
-    def problem(self, chunk: Chunk) -> str | None:
-        """What is wrong with a committed chunk, in words; None: nothing."""
-        who = self.layout.who(chunk)
-        values = {}
-        for variable in self.layout.variables:
-            try:
-                values[variable] = self.group[variable][self.layout.region(chunk)]
-            # Whatever zarr, its codecs and the file system raise for a damaged file.
-            except Exception as error:
-                return f"{variable} of {who} cannot be read ({_first_line(error)})"
-        stored = self.files.get(f"{LEDGER}/{chunk.key}")
-        found = {name: self._prepared(name, chunk, values) for name in values}
-        return None if stored == digest(found).encode() else f"{who} are not what was committed"
-
-    def _prepared(self, name, chunk, values):
-        extent = tuple(s.stop - s.start for s in chunk.region)
-        variable = self.layout.variables[name]
-        return np.asarray(values[name], variable.dtype).reshape((*extent, *self.layout.extent(name)))
-
-
-def digest(values: Mapping[str, np.ndarray]) -> str:
-    """Of the variables of a chunk."""
-    found = blake2b(digest_size=16)
-    for name in sorted(values):
-        array = np.ascontiguousarray(values[name])
-        found.update(f"{name}{array.shape}{array.dtype.str}".encode() + array.tobytes())
-    return found.hexdigest()
-
-
-def frame(layout: Layout) -> dict[str, bytes]:
-    """{key: bytes} of everything but values and ledger, the record first."""
-    memory = Files(None)
-    coordinates = {name: (name, values) for name, values in layout.coordinates.items()}
-    save(xr.Dataset(coords=coordinates), memory.store)
-    group = zarr.open_group(memory.store, mode="a")
-    models = [len(layout.models)] if layout.labelled else []
-    for name, variable in layout.variables.items():
-        group.create_array(
-            name,
-            shape=(*models, *layout.shape, *layout.extent(name)),
-            chunks=(*(1 for _ in models), *layout.tile, *layout.extent(name)),
-            dtype=variable.dtype,
-            compressors=COMPRESSORS,
-            fill_value=math.nan if np.dtype(variable.dtype).kind == "f" else 0,
-            dimension_names=layout.dims(name),
-            attributes=dict(variable.attrs),
-        )
-    attributes = layout.as_attributes()
-    group.attrs.update(attributes)
-    record = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    return {RECORD: json.dumps(record, indent=1).encode()} | {key: memory.get(key) for key in memory.list()}
-
-
-def _objects(values):
-    return np.asarray(values, object) if np.asarray(values).dtype.kind in "OUT" else np.asarray(values)
-
-
-def create(files: Files, layout: Layout) -> Store:
-    """A new store without a cell.
-
-    Args:
-      files: where; nothing else of it may stand there.
-      layout: what it is to hold.
+    Raises:
+      Damaged: if it is not what `pack` wrote under that name.
     """
-    for key, value in frame(layout).items():
-        files.put(key, value)
-    return Store(files, layout)
+    identity, _, expected = name.rpartition("-")
+    if digest(data) != expected:
+        raise Damaged("is not what was stored")
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as found:
+            arrays = dict(found)
+        cells = Hyperparams(*(arrays.pop(f"cell {field}") for field in Hyperparams._fields))
+        for field, dtype in grid.DTYPES.items():
+            value = getattr(cells, field)
+            if value.dtype != dtype or value.shape != (len(cells.seed),):
+                raise ValueError(f"the cells' {field}")
+        if str(arrays.pop("identity")) != identity:
+            raise ValueError("of another sweep")
+        return identity, cells, arrays
+    except Exception as error:  # whatever odd bytes raise
+        raise Damaged(f"cannot be read ({first_line(error)})") from None
 
 
-def open_store(files: Files, layout: Layout) -> Store:
-    """The store that stands there, mended and verified: what is damaged in it is said, and computed again.
+def read_parts(files: Files, view: View, seen: set[str]) -> list[str]:
+    """Places the cells of all parts but those `seen`, which grow by them. Returns the keys of the damaged ones."""
+    damaged, wanted = [], view.layout.identities
+    for name in sorted({*files.list(PARTS)} - seen, reverse=True):
+        if name.rpartition("-")[0] not in wanted or (data := files.get(f"{PARTS}/{name}")) is None:
+            continue
+        try:
+            identity, cells, values = unpack(name, data)
+            for variable, v in view.layout.variables.items():
+                if (values[variable].dtype, values[variable].shape) != (
+                    np.dtype(v.dtype),
+                    (len(cells.seed), *view.layout.extent(variable)),
+                ):
+                    raise Damaged(f"holds another {variable}")
+        except (Damaged, KeyError):
+            damaged.append(f"{PARTS}/{name}")
+            continue
+        view.place(identity, cells, values)
+        seen.add(name)
+    return damaged
 
-    Args:
-      files: where.
-      layout: from `read_layout`, or the same with other attributes, which replace those there.
-    """
-    stored = None
-    with contextlib.suppress(Damaged):
-        stored = read_layout(files)
-    begun = bool(files.list(LEDGER) + files.list(CHECKPOINT))  # or its process died while it made the frame
-    for key, value in frame(layout).items():
-        if files.get(key) != value:
-            if begun and stored is not None and stored.attributes == layout.attributes:
-                log.warning("%s: %s was damaged or missing, and is written again", files.name, key)
-            files.put(key, value)
-    found = Store(files, layout)
-    found.verify()
+
+# The log
+
+
+def records(files: Files) -> dict[str, Layout | Damaged]:
+    """{key: what was asked for}, the newest last; parts alone tell that there was one."""
+    lost, found = _identities(files), {}
+    keys = _history(files)
+    if lost and not keys:
+        found[f"{LOG}/{0:08d}"] = Damaged(f"{files.name} is damaged: the record in {LOG} is missing")
+    for key in keys:
+        try:
+            if (data := files.get(key)) is not None:
+                found[key] = Layout.from_bytes(data)
+        except Damaged as error:
+            found[key] = Damaged(f"{files.name} is damaged: {key} {error}")
     return found
 
 
-def read_layout(files: Files) -> Layout | None:
-    """What the store holds; None if there is no store.
+def standing(files: Files, history: Mapping[str, Layout | Damaged]) -> tuple[str, View, list[str]] | None:
+    """(key of the record that counts, its cells, its damaged parts); None: there is none, or only one to come.
 
     Raises:
-      Damaged: if there is one, and neither copy of its record can be read.
+      Damaged: if that record is.
     """
-    copies = [files.get(key) for key in (RECORD, "zarr.json")]
-    if copies == [None, None]:
-        return None
-    for text in copies:
-        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            return Layout.from_attributes(json.loads(text)["attributes"])
-    if copies[0] is None and not _of_a_sweep(copies[1]):
-        return None  # saved at once, by `save`
-    raise Damaged(f"{files.name} is damaged: neither {RECORD} nor zarr.json can be read")
+    for key, layout in reversed(history.items()):
+        if isinstance(layout, Damaged):
+            raise layout
+        view = View(layout)
+        damaged = read_parts(files, view, set())
+        if not layout.overwrites or view.done.all():
+            return key, view, damaged
+    return None
 
 
-def _of_a_sweep(root: bytes) -> bool:
-    """Whether these bytes are a sweep's zarr.json, or what is left of it."""
-    try:
-        return json.loads(root)["attributes"].keys() >= ROOT
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return b'"layout"' in root
+class Store:
+    """What one run writes to, under `files.writing`. Made by `begin`, or from its `key` in other processes."""
+
+    def __init__(self, files: Files, key: str):
+        self.files, self.key, self._record, self._seen = files, key, files.get(key), set()
+        self.layout = Layout.from_bytes(self._record)
+        self.done = View(self.layout).done  # [models, cells]
+        self.refresh()
+
+    def missing(self, name: str, size: int) -> list[np.ndarray]:
+        """The places of a network's cells that are not done, in groups of at most `size`: those half way first."""
+        missing, groups = np.flatnonzero(~self.done[self.index(name)]), []
+        for _, at, _ in self.states(name):
+            if np.isin(at, missing).all():
+                missing = np.setdiff1d(missing, at)
+                groups += in_groups(np.sort(at), size)
+        return groups + in_groups(missing, size)
+
+    def index(self, name: str) -> int:
+        """A network's place among them."""
+        return list(self.layout.models).index(name)
+
+    def refresh(self) -> None:
+        """Looks what is done, by others too; damaged parts are reported and removed: their cells are trained again."""
+        view = View(self.layout)
+        view.done = self.done
+        for key in read_parts(self.files, view, self._seen):
+            self.discard(key, "is damaged")
+
+    def discard(self, key: str, why: str | Exception) -> None:
+        """Reports a part or a state, and removes it."""
+        log.warning("%s: %s %s; its cells are trained again", self.files.name, key, why)
+        self.files.delete(key)
+
+    def dataset(self) -> xr.Dataset:
+        """The results, as far as they are there."""
+        view = View(self.layout)
+        read_parts(self.files, view, set())
+        if not view.done.all():
+            self._check()
+        return view.dataset()
+
+    def commit(
+        self, name: str, places: np.ndarray, cells: Hyperparams, values: Mapping[str, np.ndarray]
+    ) -> None:
+        """Stores a part."""
+        self._put(PARTS, name, cells, values, compress=True)
+        self.done[self.index(name), places] = True
+
+    def save_state(self, name: str, cells: Hyperparams, arrays: Mapping[str, np.ndarray]) -> str:
+        """Stores a group half way; returns its key."""
+        return self._put(STATES, name, cells, arrays, compress=False)
+
+    def states(self, name: str) -> list[list]:
+        """[key, places, arrays] of each of a network's groups half way, those furthest first; no damaged ones."""
+        found = []
+        for file in self.files.list(STATES):
+            key, identity = f"{STATES}/{file}", file.rpartition("-")[0]
+            if identity == self.layout.models[name][0] and (data := self.files.get(key)) is not None:
+                try:
+                    _, cells, arrays = unpack(file, data)
+                    found.append((int(arrays["leaf 0"]), key, self.layout.positions(cells), arrays))
+                except (KeyError, TypeError, ValueError) as error:
+                    self.discard(key, error)
+        return [state for _, *state in sorted(found, key=lambda one: -one[0])]
+
+    def change(self, layout: Layout) -> None:
+        """Puts another record in the place of its own."""
+        self._check()
+        history = _history(self.files)
+        self.key = _append(self.files, layout, history, {*history} - {self.key})
+        self.layout, self._record = layout, self.files.get(self.key)
+
+    def finished(self) -> bool:
+        """Whether all is done. Then what it has overwritten, or needs no more, is removed."""
+        self._check()
+        self.refresh()
+        history = _history(self.files)
+        if not self.done.all() or history[-1:] != [self.key] or self.files.get(self.key) != self._record:
+            return False
+        if self.layout.overwrites:
+            self.change(dataclasses.replace(self.layout, overwrites=False))
+        for key in history[:-1]:  # before its parts, so that a reader looks again
+            self.files.delete(key)
+        for name in self.files.list(PARTS):
+            if name.rpartition("-")[0] not in self.layout.identities:
+                self.files.delete(f"{PARTS}/{name}")
+        for name in self.files.list(STATES):
+            self.files.delete(f"{STATES}/{name}")
+        return True
+
+    def write_export(self, results: xr.Dataset | None) -> None:
+        """Writes the results as plain Zarr, unless they stand there; None: removes what stands there."""
+        if results is None:
+            export.remove(self.files)
+        else:
+            export.write(results, self.files)
+
+    def _put(self, folder, name, cells, arrays, *, compress):
+        self._check()
+        identity = self.layout.models[name][0]
+        data = pack(identity, cells, arrays, compress=compress)
+        key = f"{folder}/{identity}-{digest(data)}"
+        self.files.create(key, data)
+        return key
+
+    def _check(self):
+        """Raises OSError if nobody asks for these cells there any more."""
+        own = {ids[0] for ids in self.layout.models.values()}
+        if self.files.get(self.key) != self._record and not any(
+            isinstance(layout, Layout) and own <= layout.identities for layout in records(self.files).values()
+        ):
+            raise OSError(f"{self.files.name} was removed, or replaced by another run: this one stops")
 
 
-# Whole data sets
-
-
-def save(results: xr.Dataset, path: StoreLike, *, overwrite: bool = False) -> None:
-    """Writes a Zarr v3 group at `path` at once, with a checksum on every chunk.
-
-    In a folder it is written beside `path` and renamed, so that there is never a part of it under that name.
+def begin(
+    files: Files,
+    ask: Callable[[Iterable[str]], Layout],
+    *,
+    overwrite: bool = False,
+    allow_changed: Sequence[str] = (),
+    tries: int = READINGS,
+) -> Store:
+    """Opens what stands there if the sweep that is asked for continues it, or begins it.
 
     Args:
-      results: from `bnjax.sweep`, or any other.
-      path: a local folder, to be made; or a zarr store.
-      overwrite: replace what is at `path`; it is removed when the new results are in its place.
+      files: where, under `files.writing`.
+      ask: (identities that are there) -> what is asked for, at their widths and segments.
+      overwrite: begin beside what stands there, if that is something else.
+      allow_changed: of `CHANGES`.
+      tries: how often, if other runs begin there at the same moment.
 
     Raises:
-      FileExistsError: if there is something at `path`, unless `overwrite`.
+      ValueError: if something else stands there, and is not to be overwritten.
+      Damaged: if a record there is, no part tells that it was of this sweep, and it is not to be overwritten.
     """
-    if results.attrs.keys() >= ROOT:  # a sweep's, opened by xarray alone
-        results = results.assign_attrs()
-        results.attrs = {name: value for name, value in results.attrs.items() if name not in ROOT}
-    encoding = {name: {"compressors": COMPRESSORS} for name in results.variables}
-    options = {"mode": "w", "consolidated": False, "zarr_format": 3, "encoding": encoding}
-    if isinstance(path, zarr.abc.store.Store):
-        results.to_zarr(path, **options)
-        return
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists")
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    files.make(LOG, PARTS, STATES)
+    there, history = _identities(files), records(files)
+    damaged = [layout for layout in history.values() if isinstance(layout, Damaged)]
+    whole = [key for key, layout in history.items() if isinstance(layout, Layout)]
+    if damaged:
+        bases = [{one.partition(".")[0] for one in several} for several in (ask(()).identities, there)]
+        if there and not overwrite and not bases[0] & bases[1]:
+            raise damaged[-1]
+        for one in damaged:
+            log.warning("%s; it is written again", one)
+        kept = whole[-1:]
+        layout = dataclasses.replace(ask(there), overwrites=bool(kept))
+    else:
+        stands = [found[0]] if (found := standing(files, history)) else []
+        why = "it was saved at once, or by an earlier version" if export.stands(files) else ""
+        for key in dict.fromkeys(whole[-1:] + stands):
+            layout, why = _continued(history[key], ask, allow_changed)
+            if layout is history[key]:
+                return Store(files, key)
+            if layout is not None:
+                layout = dataclasses.replace(layout, overwrites=key not in stands)
+                break
+        else:
+            if why and not overwrite:
+                raise ValueError(f"{files.name} holds other results: {why}")
+            layout = dataclasses.replace(ask(there), overwrites=bool(why))
+        kept = stands if layout.overwrites else []
     try:
-        results.to_zarr(temporary, **options)
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists")
-        replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        return Store(files, _append(files, layout, history, kept))
+    except RuntimeError:
+        if tries == 0:
+            raise
+        return begin(files, ask, overwrite=overwrite, allow_changed=allow_changed, tries=tries - 1)
 
 
-def load(path: StoreLike) -> xr.Dataset:
-    """Reads results into memory, and checks them: those of `save`, and those of a sweep, running or done.
+def _identities(files):
+    """Of the parts that are there."""
+    found = {name.rpartition("-")[0] for name in files.list(PARTS)}
+    return sorted(filter(IDENTITY.fullmatch, found))
+
+
+def _history(files):
+    """The keys of the records, the newest last."""
+    return [f"{LOG}/{name}" for name in files.list(LOG) if NUMBER.fullmatch(name)]
+
+
+def _append(files, layout, history, kept):
+    """Adds a record to these, and removes them but those that are kept. Returns its key."""
+    key = f"{LOG}/{int([*history][-1].rpartition('/')[2]) + 1 if history else 1:08d}"
+    if not files.create(key, layout.to_bytes()):
+        raise RuntimeError(f"{files.name}: another run began there at this moment: give the command again")
+    for old in {*history} - {*kept}:
+        files.delete(old)
+    return key
+
+
+def _continued(stored, ask, allow_changed) -> tuple[Layout | None, str]:
+    """What goes on from the stored record, the record itself if it says all; or None, and why nothing does."""
+    asked = ask([identity for ids in stored.models.values() for identity in ids])
+    own = {ids[0]: name for name, ids in stored.models.items()}
+    names = {name: own.get(ids[0], name) for name, ids in asked.models.items()}  # as they are called there
+    old, new, changed = stored.attributes, asked.attributes, {}
+    if any(ids[0] != stored.models.get(names[name], ids)[0] for name, ids in asked.models.items()):
+        changed = {name: differences(compared(old, name), compared(new, name), name) for name in CHANGES}
+        changed = {name: lines for name, lines in changed.items() if lines}
+        both = [{name: ids[0] for name, ids in layout.models.items()} for layout in (stored, asked)]
+        changed = changed or {"models": differences(*both, "computes")}
+    lines = [line for name in changed if name not in allow_changed for line in changed[name]]
+    frame = differences(*(_frame(layout) for layout in (stored, asked)), "layout")
+    cells, kept = grid.cells(stored.axes, stored.hyper), {*names.values()} & {*stored.models}
+    lost = (len(stored.models) - len(kept)) * len(cells.seed) + len(kept) * int(
+        (asked.positions(cells) < 0).sum()
+    )
+    if lost:
+        frame = [*frame, f"{lost} of the cells there are not among those asked for"]
+    if lines or frame:
+        advice = ", or overwrite" if frame else f", overwrite, or allow_changed={','.join(changed)}"
+        return None, f"{'; '.join(lines + frame)}. Choose another place{advice}"
+    models = {
+        n: tuple(dict.fromkeys(ids + stored.models.get(names[n], ()))) for n, ids in asked.models.items()
+    }
+    asked = dataclasses.replace(asked, models=models, overwrites=stored.overwrites)
+    if (
+        dataclasses.replace(asked, attributes=old).to_bytes() == stored.to_bytes()
+        and old["hyper"] == new["hyper"]
+    ):
+        return stored, ""
+    changes = [
+        *old.get("changes", []),
+        *[[line for name in changed for line in changed[name]]] * bool(changed),
+    ]
+    return dataclasses.replace(asked, attributes=new | ({"changes": changes} if changes else {})), ""
+
+
+def _frame(layout):
+    """What no change can be allowed in."""
+    further = {name: np.asarray(values).tolist() for name, values in layout.further.items()}
+    return {
+        "further": further,
+        "variables": {n: [list(v.dims), v.dtype] for n, v in layout.variables.items()},
+    }
+
+
+def load(path: PathLike) -> xr.Dataset:
+    """Reads results into memory, and checks them: those of a sweep, running or done, and those of `save_results`.
 
     Args:
-      path: the folder, URL or zarr store.
+      path: the folder, URL or store.
 
     Returns:
       The labelled data set. Where a sweep is not done, the boolean `done` says which cells count; the other
@@ -420,94 +387,71 @@ def load(path: StoreLike) -> xr.Dataset:
       FileNotFoundError: if there are no results at `path`.
       Damaged: (a ValueError) if what is there is not what was stored; it says what.
     """
-    files = Files(path, write=False)
-    while True:
-        with watched(files) as changed:
-            try:
-                found = _load(files, path)
-            except Exception:
-                if not changed():
-                    raise
-            else:
-                if not changed():
-                    return found
-
-
-def _load(files: Files, path: StoreLike) -> xr.Dataset:
-    """`load`, if nothing is put into its place meanwhile."""
-    if cut_off(files):
-        with exclusive(files.local.parent):  # while it is being replaced
-            if cut_off(files):
-                files = Files(replaced(files.local), write=False)
-    layout = read_layout(files)
-    entries = {} if layout is None else {key: files.get(f"{LEDGER}/{key}") for key in files.list(LEDGER)}
-    try:
-        if layout is not None and not entries:  # the variables may not be there yet
-            return _labelled(layout, {})
-        with warnings.catch_warnings():  # what a killed process left of a write is not part of it
-            warnings.filterwarnings("ignore", r"Object at \S*\.partial is not recognized")
-            found = xr.open_zarr(files.store, consolidated=False, zarr_format=3).load()
-        if layout is None:
-            return _load(files, path) if found.attrs.keys() >= ROOT else found  # a sweep has begun meanwhile
-        return _checked(found, layout, entries)
-    except (Damaged, PermissionError):
-        raise
-    # Whatever xarray, zarr, its codecs and the file system raise for a damaged file.
-    except Exception as error:
-        if layout is None and isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"no results at {path}") from None
-        what = [] if layout is None else _damages(files, layout, entries)
-        raise Damaged(f"{path} is damaged: {'; '.join(what[:5]) or _first_line(error)}") from error
-
-
-def _damages(files: Files, layout: Layout, entries: Mapping[str, bytes]) -> list[str]:
-    """What is damaged, in words."""
-    found = [
-        f"{key} is damaged or missing" for key, value in frame(layout).items() if files.get(key) != value
-    ]
-    with contextlib.suppress(Exception):
-        store = Store(files, layout, "r")
-        found += filter(None, (store.problem(chunk) for chunk in layout.chunks() if chunk.key in entries))
+    files = files_at(path)
+    for _ in range(READINGS):
+        before, error = _snapshot(files), None
+        try:
+            found = _load(files)
+        except (OSError, ValueError) as raised:
+            error = raised
+        if _snapshot(files) == before:
+            break
+    if error is not None:
+        raise error
     return found
 
 
-def _checked(found: xr.Dataset, layout: Layout, entries: Mapping[str, bytes]) -> xr.Dataset:
-    """The data set with only what is committed, after checking that this is what was committed."""
-    for name, values in layout.coordinates.items():
-        if found[name].dims != (name,) or found[name].values.tolist() != values.tolist():
-            raise ValueError(f"the coordinate {name}")
-    values = {name: np.array(found[name].transpose(*layout.dims(name)).values) for name in layout.variables}
-    for chunk in layout.chunks():
-        region = layout.region(chunk)
-        here = {name: value[region].astype(layout.variables[name].dtype) for name, value in values.items()}
-        if chunk.key not in entries:
-            for name, value in values.items():
-                value[region] = _nothing(layout.variables[name].dtype)
-        elif digest(here).encode() != entries[chunk.key]:
-            raise ValueError(f"{layout.who(chunk)} are not what was committed (a sweep trains them again)")
-    return _labelled(layout, values)
-
-
-def _labelled(layout: Layout, values: Mapping[str, np.ndarray]) -> xr.Dataset:
-    """The data set of these values, or of a sweep's that has not begun."""
-    sizes = {name: len(v) for name, v in {**layout.axes, **layout.further, "model": layout.models}.items()}
-    variables = {
-        name: (
-            layout.dims(name),
-            values.get(name, np.full([sizes[dim] for dim in layout.dims(name)], _nothing(v.dtype), v.dtype)),
-            v.attrs,
+def _load(files):
+    files = export.place_of(files)
+    found = standing(files, records(files))
+    if found is None:
+        return export.load(files)
+    if found[2]:
+        raise Damaged(
+            f"{files.name} is damaged: {', '.join(found[2][:5])} (the same sweep trains these cells again)"
         )
-        for name, v in layout.variables.items()
-    }
-    coordinates = {name: (name, values) for name, values in layout.coordinates.items()}
-    found = xr.Dataset(variables, coordinates, layout.attributes)
-    return found.drop_vars("done") if found.done.all() else found
+    return found[1].dataset()
 
 
-def _nothing(dtype):
-    """The value of cells that are not done."""
-    return {"f": math.nan, "b": False}.get(np.dtype(dtype).kind, -1)
+def _snapshot(files):
+    """Something else when what stands there has changed."""
+    contents = [files.get(key) for key in _history(files)]
+    return files.stamp(), contents, files.list(PARTS), files.get("zarr.json")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+class Status(NamedTuple):
+    """What of a sweep's results is done; prints as lines."""
+
+    path: str
+    cells: Mapping[str, tuple[int, int]]  # model: (done, all)
+    damaged: Sequence[str]  # keys of parts
+    halfway: int  # groups of cells with a checkpoint
+    writer: str  # who writes, in words
+
+    def __str__(self) -> str:
+        """One line a model."""
+        rows = [
+            f"{name or 'network'}: {done:,} of {n:,} cells done" for name, (done, n) in self.cells.items()
+        ]
+        rows += [f"damaged: {key}" for key in self.damaged]
+        rows += [f"{self.halfway} groups of cells half way"] * bool(self.halfway)
+        return "\n  ".join([self.path, *rows, self.writer])
+
+
+def status(path: PathLike) -> Status:
+    """What of a sweep's results is done, without training or loading any data; of the newest, where one overwrites.
+
+    Raises:
+      ValueError: if there are none, or the record is damaged.
+    """
+    files = files_at(path)
+    layout = [ValueError(f"{files.name} holds no results of a sweep"), *records(files).values()][-1]
+    if isinstance(layout, ValueError):
+        raise layout
+    view = View(layout)
+    damaged = read_parts(files, view, set())
+    cells = {name: (int(view.done[i].sum()), view.done.shape[1]) for i, name in enumerate(layout.models)}
+    note, there = files.writer()
+    last = f"; last written by {in_words(note)}" if note else ""
+    writer = f"{in_words(note)} is writing there" if there else f"nobody on this host is writing there{last}"
+    return Status(files.name, cells, damaged, len(files.list(STATES)), writer)

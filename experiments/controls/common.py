@@ -180,11 +180,9 @@ def threshold(epsilon):
     return np.sqrt(epsilon * mean_field.gradient_growth("relu"))
 
 
-def final(results: xr.Dataset, chance: float = 0.1) -> xr.Dataset:
-    """The last evaluation; the accuracy of a run that diverged is that of guessing."""
-    last = results.drop_dims("probe_step", errors="ignore").isel(step=-1, drop=True)
-    names = ("train_accuracy", "test_accuracy")
-    return last.assign({name: last[name].where(~last.diverged, chance) for name in names})
+def final(results: xr.Dataset) -> xr.Dataset:
+    """The last evaluation."""
+    return results.drop_dims("probe_step", errors="ignore").isel(step=-1, drop=True)
 
 
 def hidden(values: xr.DataArray) -> xr.DataArray:

@@ -41,9 +41,13 @@ def highest_rates(accuracy: xr.DataArray, level: float) -> xr.DataArray:
 
 
 def steps_to(results: xr.Dataset, loss: float) -> xr.DataArray:
-    """Steps until the training loss is down to `loss`, interpolated between evaluations; infinite where it never is."""
+    """Steps until the training loss is down to `loss`, interpolated between evaluations.
+
+    Infinite where it never is, and where the run diverges after that.
+    """
 
     def cross(curve, steps):
+        curve = np.minimum(curve, np.finfo(np.float32).max)  # of two infinite losses there is no difference
         first = (curve <= loss).argmax(-1)[..., None]  # the first evaluation at the loss or below
         before = np.maximum(first - 1, 0)
         high, low = (np.log(np.take_along_axis(curve, index, -1)) for index in (before, first))
@@ -67,7 +71,7 @@ def judge(results: xr.Dataset) -> list[Finding]:
     works = {m: int(highest.sel(model=m).notnull().sum()) for m in (BN, "no BN")}
     at_one, middle = float(at(ratio, 1)), float(both.median()) if both.size else math.nan
 
-    losses = results.train_loss.isel(step=-1).where(~results.diverged, math.inf).median("seed")
+    losses = results.train_loss.isel(step=-1).median("seed")
     target = 1.1 * float(losses.min(("learning_rate", "init_scale")).max())
     steps = steps_to(results, target)
 

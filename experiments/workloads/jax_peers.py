@@ -57,13 +57,11 @@ def bnjax_sweep(
     seconds: float,
     *,
     evaluations: int = 1,
-    plan: str = "auto",
     width: int | None = None,
 ) -> Ready:
     """`bnjax.sweep` as a user calls it, on all local devices; the test split is evaluated `evaluations` times.
 
-    With `plan="measure"` the plan is measured first, and kept for later sweeps. At a given `width` there are as many
-    cells as it takes at least.
+    Its width is the one that it chooses by size. At a given `width` there are as many cells as it takes at least.
     """
     model = bnjax.mlp(w.features, w.sizes[-1], w.activation)
     config = bnjax.TrainConfig(steps, w.batch_size, eval_every=max(1, -(-steps // evaluations)))
@@ -73,14 +71,11 @@ def bnjax_sweep(
     known = {}
     cells = max(cells, (width or 1) * jax.local_device_count())
 
-    def run(plan="auto"):
-        options = {"hyper": hyper, "plan": plan, "width": width, "progress": False}
+    def run():
+        options = {"hyper": hyper, "width": width, "progress": False}
         results = bnjax.sweep(model, ds, config, {"seed": range(cells)}, **options)
         known["width"] = planned_width(results)
         return cells * steps
-
-    if plan == "measure":
-        run(plan)
 
     ready, _ = repeated(run, seconds)
     return ready, known

@@ -51,9 +51,7 @@ PEERS = MappingProxyType(
 )
 OURS = MappingProxyType(
     {
-        "bnjax": Implementation(
-            "bnjax.sweep", "jax", "devices", "jax_peers.bnjax_sweep", {"plan": "measure"}
-        ),
+        "bnjax": Implementation("bnjax.sweep", "jax", "devices", "jax_peers.bnjax_sweep"),
         "bnjax_evaluated": Implementation(
             "evaluated 4 times", "jax", "devices", "jax_peers.bnjax_sweep", {"evaluations": 4}
         ),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import xarray as xr
 
-from bnjax.sweeps import record
+from bnjax.sweeps import provenance
 from experiments.workloads import processes, workloads
 
 STAGES = ("import", "first sweep", "second sweep")
@@ -135,7 +135,7 @@ def growth(
     """
     found = np.full((len(grids), rounds), np.nan)
     peaks = []
-    asked = {"implementation": "bnjax", "workload": workload, "plan": "auto"}
+    asked = {"implementation": "bnjax", "workload": workload}
     for cells in grids:
         with processes.started("devices") as crew:
             processes.ask(crew, "prepare", name="", cells=cells, steps=2, seconds=0, **asked)
@@ -171,4 +171,4 @@ def machine() -> str:
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
     except (ValueError, OSError, AttributeError):
         memory = ""
-    return f"{record.processor()} ({record.isa()}), {count} core{'s' if count > 1 else ''}{memory}"
+    return f"{provenance.processor()} ({provenance.isa()}), {count} core{'s' if count > 1 else ''}{memory}"

@@ -134,7 +134,7 @@ def profile(results: xr.Dataset) -> Figures | None:
 
 
 def widths(results: xr.Dataset) -> Figures | None:
-    """Speed at each width, and at the one that was chosen over the fastest; None if they were not measured.
+    """Speed at each width, and at the one chosen by size over the fastest; None if they were not measured.
 
     All by the processes that run them all: two processes that do the same may differ by more than two widths.
     """
@@ -152,7 +152,7 @@ def widths(results: xr.Dataset) -> Figures | None:
         low, half, high = ratio.quantile([0.25, 0.5, 0.75], "round").values
         found = [three_digits(float(value)) for value in middle]
         rows.append([str(workload), *found, f"{chosen}", f"{half:.2f} [{low:.2f}, {high:.2f}]"])
-    header = ["", *map(title, names), "chosen", "chosen over the fastest"]
+    header = ["", *map(title, names), "chosen by size", "chosen over the fastest"]
     return Figures("Cell-steps per second of bnjax.sweep at each width, medians", header, rows)
 
 

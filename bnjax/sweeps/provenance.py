@@ -1,0 +1,121 @@
+"""What made a set of results. Cells are known by `identity`; the rest says in words in what two sweeps differ."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import platform
+import textwrap
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bnjax.sweeps import grid
+from bnjax.training import TrainConfig, make_train
+from bnjax.types import Dataset, Hyperparams, Model, Probe
+from bnjax.version import __version__
+
+PACKAGES = ("jax", "jaxlib", "optax", "numpy", "xarray", "zarr")
+ISA = ("avx512f", "avx2", "avx", "asimd")  # what decides which instructions XLA uses, best first
+
+
+def describe(
+    models: Mapping[str, Model],
+    config: TrainConfig,
+    axes: Iterable[str],
+    hyper: Hyperparams,
+    device: jax.Device,
+) -> dict[str, Any]:
+    """What a sweep computes, and with what, as JSON holds it; TypeError if it cannot hold a model's config."""
+    description = {
+        "models": {name: dict(model.config) for name, model in models.items()},
+        "config": dataclasses.asdict(config),
+        "hyper": {name: np.asarray(v).item() for name, v in hyper._asdict().items() if name not in axes},
+        "versions": versions(),
+        "device": _kind(device),
+    }
+    return json.loads(json.dumps(description))
+
+
+def identity(
+    model: Model, ds: Dataset, config: TrainConfig, device: jax.Device, probe: Probe | None, data: str
+) -> str:
+    """A digest of what decides a cell's results, but for its hyperparameters, width and segment.
+
+    It is of the program of one cell as the compiler is given it, with its probe (its text without places in the
+    source, so that a docstring changes nothing and a changed computation does), of the data (its `fingerprint`), of
+    jaxlib and of the kind of processor.
+    """
+    shapes = Dataset(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ds))
+    program = _program(model.init, model.apply, config, probe, shapes)
+    parts = [program, data, metadata.version("jaxlib"), *_kind(device).values()]
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=12).hexdigest()
+
+
+@functools.lru_cache(maxsize=16)
+def _program(init, apply, config, probe, shapes):
+    hyper = Hyperparams(*(jax.ShapeDtypeStruct((), dtype) for dtype in grid.DTYPES.values()))
+    lowered = jax.jit(make_train(Model(init, apply), config, probe)).lower(hyper, shapes)
+    return hashlib.blake2b(lowered.as_text().encode(), digest_size=16).hexdigest()
+
+
+def fingerprint(ds: Dataset) -> str:
+    """A digest of the data's values, shapes and types."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in ds:
+        array = np.ascontiguousarray(array)
+        digest.update(f"{array.shape}{array.dtype.str}".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
+def _kind(device):
+    return {"kind": device.device_kind, "isa": isa() if device.platform == "cpu" else ""}
+
+
+def versions() -> dict[str, str]:
+    """Of the package, its code and what it rests on."""
+    found = {name: metadata.version(name) for name in PACKAGES}
+    return {"bnjax": __version__, "code": _code(), "python": platform.python_version(), **found}
+
+
+@functools.cache
+def _code():
+    """A digest of the package's own source."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.blake2b(b"".join(path.read_bytes() for path in files), digest_size=8).hexdigest()
+
+
+@functools.cache
+def isa() -> str:
+    """The machine's architecture, and of the vector instructions known here the widest that it has."""
+    words = _processor().get("flags", _processor().get("features", "")).split()
+    return " ".join([platform.machine(), *[name for name in ISA if name in words][:1]])
+
+
+def processor() -> str:
+    """The processor's name, if it says."""
+    return _processor().get("model name", "processor")
+
+
+def _processor() -> dict[str, str]:
+    """What the system says of the first core; nothing where it does not."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in first.splitlines())
+    return {name.strip().lower(): value.strip() for name, _, value in lines}
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """`name.key: old there, new asked for`, for each leaf in which two JSON values differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        names = {key: f"{name}.{key}" if name else str(key) for key in {**old, **new}}
+        return [line for key in names for line in differences(old.get(key), new.get(key), names[key])]
+    short = ["nothing" if value is None else textwrap.shorten(str(value), 60) for value in (old, new)]
+    return [] if old == new else [f"{name}: {short[0]} there, {short[1]} asked for"]

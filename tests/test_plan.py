@@ -1,0 +1,218 @@
+"""Plans: widths and segments by size, and narrower where memory does not suffice."""
+
+import dataclasses
+import itertools
+import json
+import math
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+import bnjax
+from bnjax.sweeps import plan, program
+
+MODEL = bnjax.mlp((8,), 4, norm="none")
+CONFIG = bnjax.TrainConfig(steps=6, batch_size=16)
+AXES = {"seed": range(5)}
+MADE = plan.Plan(16, (jax.devices()[0],) * 2, 6)
+
+
+def images(n=2):
+    return bnjax.Dataset(*[np.zeros((n, 28, 28, 1), np.float32), np.zeros(n, np.int32)] * 2)
+
+
+def sweep(ds, axes=AXES, **options):
+    return bnjax.sweep(MODEL, ds, CONFIG, axes, progress=False, **options)
+
+
+class TestBySize:
+    # 3 times the parameters' bytes in 4 MiB, at most 16; or in 2 GiB, at most 256
+    @pytest.mark.parametrize(
+        ("features", "cpu", "gpu"),
+        [((8,), 16, 256), ((128, 128, 128), 2, 256), ((512,) * 3, 1, 128), ((4096,) * 3, 1, 4)],
+    )
+    def test_widths(self, features, cpu, gpu):
+        model, parameters = bnjax.mlp(features), 784 * features[0] + 10 * features[-1] + 10
+        parameters += sum(a * b for a, b in itertools.pairwise(features)) + 2 * sum(features)
+        device = mock.Mock(spec=jax.Device, platform="gpu")
+        for width, devices, room, most in ((cpu, None, 2**22, 16), (gpu, [device], 2**31, 256)):
+            found = plan.make_plan(model, images(), CONFIG, devices=devices)
+            assert found.width == width
+            assert width == 1 or width * 12 * parameters <= room
+            assert width == most or 2 * width * 12 * parameters > room
+
+    def test_devices(self, blobs):
+        count = len(jax.local_devices())
+        assert count > 1
+        found = plan.make_plan(MODEL, blobs, CONFIG, width=3)
+        assert found.devices == tuple(jax.local_devices())
+        assert (found.width, found.group) == (3, 3 * count)
+
+    @pytest.mark.parametrize("width", [None, 1, 8])
+    def test_segments_take_a_minute(self, width):
+        """By the guess of the device's speed; the flops of a step are 6 for each parameter and example."""
+        config = bnjax.TrainConfig(steps=10**9, batch_size=128)
+        found = plan.make_plan(bnjax.mlp(use_bias=False), images(), config, width=width)
+        parameters = 784 * 128 + 2 * 128**2 + 128 * 10 + 10 + 6 * 128
+        seconds = found.segment * found.width * 6 * parameters * 128 / plan.CPU_FLOPS
+        assert 0.99 * plan.SEGMENT_SECONDS < seconds <= plan.SEGMENT_SECONDS
+
+    def test_segments_of_short_runs_and_of_long_steps(self):
+        assert plan.make_plan(MODEL, images(), CONFIG).segment == 6
+        assert plan.make_plan(MODEL, images(), CONFIG, segment=4).segment == 4
+        assert plan.make_plan(MODEL, images(), CONFIG, segment=9).segment == 6
+        slow = dataclasses.replace(CONFIG, batch_size=10**9)
+        assert plan.make_plan(bnjax.mlp(), images(), slow).segment == 1
+
+    @pytest.mark.parametrize("name", ["width", "segment"])
+    def test_below_one(self, blobs, name):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            plan.make_plan(MODEL, blobs, CONFIG, **{name: 0})
+
+    def test_a_sweep_says_what_it_used(self, blobs):
+        stored = sweep(blobs, width=4).attrs["plan"][""]
+        assert json.loads(json.dumps(stored)) == {"width": 4, "devices": 2, "segment": 6}
+
+    def test_in_words(self):
+        assert plan.in_words(MADE.as_dict()) == "width 16 on 2 devices, at most 6 steps at once"
+        narrowed = MADE._replace(devices=MADE.devices[:1], narrowed="width 32 needs more")
+        assert plan.in_words(narrowed.as_dict()).endswith(
+            "16 on 1 device, at most 6 steps at once; width 32 needs more"
+        )
+
+    def test_no_other_way_is_taken(self, blobs):
+        with pytest.raises(ValueError, match=r"plan='measure' is no longer taken: .* width= sets another"):
+            sweep(blobs, plan="measure")
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(0, []), (3, [3]), (4, [4]), (9, [4, 4, 1])])
+def test_groups(count, sizes):
+    found = program.in_groups(np.arange(count), 4)
+    assert [len(group) for group in found] == sizes
+    assert [place for group in found for place in group] == list(range(count))
+
+
+class TestFitting:
+    @pytest.fixture(autouse=True)
+    def memory(self, monkeypatch):
+        monkeypatch.setattr(plan, "_memory", lambda devices: 2**30)
+
+    @pytest.mark.parametrize(("each", "width"), [(2**26, 16), (2**26 + 1, 8), (2**28, 4), (2**30, 1)])
+    def test_the_widest_that_fits(self, each, width):
+        found = plan.fitting(MADE, lambda p: p.width * each, may_change=True)
+        needs = (
+            f"width {2 * width} needs {2 * width * each / 2**30:.2f} GiB of memory, and there are 1.00 GiB"
+        )
+        assert found == MADE._replace(width=width, narrowed=needs if width < 16 else None)
+
+    @pytest.mark.parametrize(
+        ("each", "may_change", "words"),
+        [
+            (
+                2**28,
+                False,
+                "width 16 on 2 devices needs 4.00 GiB of memory.* there are 1.00 GiB: use a smaller",
+            ),
+            (2**31, True, "width 1 on 2 devices needs 2.00 GiB of memory, and there are 1.00 GiB$"),
+        ],
+    )
+    def test_none_does(self, each, may_change, words):
+        with pytest.raises(MemoryError, match=words):
+            plan.fitting(MADE, lambda p: p.width * each, may_change=may_change)
+
+    def test_other_errors_of_the_compiler_are_no_matter_of_memory(self):
+        def needed(plan):
+            raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
+
+        with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
+            plan.fitting(MADE, needed, may_change=True)
+
+
+class TestMemory:
+    def limit(self, monkeypatch, blobs, width):
+        """Memory for that width, and no wider one."""
+        tight = plan.make_plan(MODEL, blobs, CONFIG, width=width)
+        needed = program.memory_needed(program.programs_of(MODEL, CONFIG, tight, None), blobs, CONFIG, tight)
+        monkeypatch.setattr(plan, "_memory", lambda devices: needed)
+
+    @pytest.mark.slow
+    def test_counts_what_the_program_takes(self, blobs):
+        def needed(config, width):
+            wide = plan.make_plan(MODEL, blobs, config, width=width, segment=3)
+            programs = program.programs_of(MODEL, config, wide, None)
+            return program.memory_needed(programs, blobs, config, wide)
+
+        data = sum(a.nbytes for a in blobs)
+        for steps in (3, 6):  # a program for whole runs, and one for segments
+            config = dataclasses.replace(CONFIG, steps=steps)
+            assert 2 * data < needed(config, 1) < needed(config, 64)
+
+    def test_a_narrower_plan_is_recorded(self, monkeypatch, blobs, tmp_path):
+        path = tmp_path / "results"
+        self.limit(monkeypatch, blobs, 4)
+        results = sweep(blobs, path=path)
+        (stored,) = results.attrs["plan"].values()
+        assert stored["width"] == 4
+        assert "width 8 needs" in stored["narrowed"]
+        assert bnjax.load_results(path).identical(results)
+        assert results.drop_attrs().equals(sweep(blobs, width=4).drop_attrs())
+        # another call goes on at the width that is there
+        larger = sweep(blobs, {"seed": range(9)}, path=path)
+        assert larger.attrs["plan"][""]["width"] == 4
+        assert larger.sel(seed=results.seed).equals(results)
+
+    @pytest.mark.slow
+    def test_never_in_the_place_of_what_was_asked_for(self, monkeypatch, blobs):
+        self.limit(monkeypatch, blobs, 4)
+        with pytest.raises(MemoryError, match=r"width 8 on 2 devices needs .* GiB of memory, and there are"):
+            sweep(blobs, width=8)
+
+    @pytest.mark.slow
+    def test_never_half_way(self, monkeypatch, blobs, tmp_path):
+        path = tmp_path / "results"
+        results = sweep(blobs, path=path, width=8)
+        with monkeypatch.context() as patch:
+            self.limit(patch, blobs, 4)
+            with pytest.raises(MemoryError, match="width 8"):
+                sweep(blobs, {"seed": range(50)}, path=path)
+        larger = sweep(blobs, {"seed": range(50)}, path=path)
+        assert larger.sel(seed=results.seed).equals(results)
+
+    def test_the_compiler_may_run_out_of_it(self, monkeypatch, blobs):
+        whole = program.memory_needed
+
+        def memory_needed(programs, ds, config, plan):
+            if plan.width > 4:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return whole(programs, ds, config, plan)
+
+        monkeypatch.setattr(program, "memory_needed", memory_needed)
+        results = sweep(blobs)
+        (stored,) = results.attrs["plan"].values()
+        assert stored["width"] == 4
+        assert stored["narrowed"] == "width 8 needs more memory than the compiler found"
+        assert results.drop_attrs().equals(sweep(blobs, width=4).drop_attrs())
+
+    def test_a_container_has_less(self, monkeypatch, tmp_path):
+        limits = [tmp_path / name for name in ("absent", "none", "some")]
+        limits[1].write_text("max\n")
+        monkeypatch.setattr(plan, "CONTAINER_LIMITS", limits[:2])
+        assert plan._memory(jax.devices()) > 2**27
+        limits[2].write_text(f"{2**27}\n")
+        monkeypatch.setattr(plan, "CONTAINER_LIMITS", limits)
+        assert plan._memory(jax.devices()) == 2**27
+
+    @pytest.mark.parametrize(
+        ("stats", "expected"), [({"bytes_limit": 5}, 10), ({}, math.inf), (None, math.inf)]
+    )
+    def test_of_accelerators(self, stats, expected):
+        device = mock.Mock(spec=jax.Device, platform="gpu")
+        device.memory_stats.return_value = stats
+        assert plan._memory((device, device)) == expected
+
+    def test_one_network_is_too_large(self, monkeypatch, blobs):
+        monkeypatch.setattr(plan, "_memory", lambda devices: 1000)
+        with pytest.raises(MemoryError, match="width 1 on 2 devices needs"):
+            sweep(blobs)
