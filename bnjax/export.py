@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 import zarr
+from zarr.core.sync import sync
 
 from bnjax.sweeps.files import Files, Folder
 
@@ -44,9 +45,12 @@ def save(results: xr.Dataset, path: str | Path | zarr.abc.store.Store, *, overwr
     Raises:
       FileExistsError: if there is something at `path`, unless `overwrite`.
     """
-    if isinstance(path, zarr.abc.store.Store):
+    if isinstance(path, zarr.abc.store.Store) and not isinstance(path, zarr.storage.LocalStore):
+        if not overwrite and not sync(path.is_empty("")):
+            raise FileExistsError(f"{path} is not empty")
         _write(results, path)
         return
+    path = path.root if isinstance(path, zarr.storage.LocalStore) else path
     path = Path(path).expanduser().resolve()
     if (path.exists() or aside(path).exists()) and not overwrite:
         raise FileExistsError(f"{path} exists")

@@ -680,3 +680,85 @@ class TestEarlierFormat:
         found = bnjax.load_results(Path(__file__).parents[1] / "docs" / "results" / f"{activation}.zarr")
         assert np.isfinite(found.test_accuracy).all()
         assert not {"layout", "checksum", "done"} & {*found.attrs, *found}
+
+
+class TestNarrowed:
+    """A network of which no cell is done turns out not to fit: only its own part of the record changes."""
+
+    @pytest.fixture
+    def too_little(self, monkeypatch):
+        def needed(programs, ds, config, plan):
+            if plan.width > 1:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return 0
+
+        return lambda: monkeypatch.setattr(program, "memory_needed", needed)
+
+    def test_others_cells_and_changes_stay(self, sweep, too_little):
+        """Those of a second identity, too."""
+        options = {"width": None, "allow_changed": ["config"], "probe": None}
+        sweep({"seed": range(4)}, {"a": MODEL}, width=2, probe=None)
+        other = bnjax.TrainConfig(steps=4, batch_size=32, eval_every=2, data_seed=1)
+        before = sweep({"seed": range(6)}, {"a": MODEL}, config=other, **options | {"width": 2})
+        too_little()
+        models = {"a": MODEL, "z": bnjax.mlp((8, 8), 4, norm="none")}
+        found = sweep({"seed": range(6)}, models, config=other, **options)
+        assert "done" not in found
+        assert found.attrs["changes"] == before.attrs["changes"]
+        assert [plan["width"] for plan in found.attrs["plan"].values()] == [2, 1]
+        xr.testing.assert_equal(found.sel(model=["a"]), before)
+
+    def test_what_is_overwritten_stands_until_it_is_complete(self, sweep, too_little):
+        first = sweep({"seed": range(4)}, width=2, probe=None)
+        too_little()
+        other = bnjax.TrainConfig(steps=4, batch_size=32, eval_every=2, data_seed=1)
+        options = {"config": other, "overwrite": True, "width": None, "probe": None}
+        assert sweep.killed(1, {"seed": range(4)}, **options)
+        xr.testing.assert_identical(sweep.load(), first)
+
+
+def test_parts_of_another_network_are_not_removed_when_the_record_is_damaged(sweep):
+    both = {"a": MODEL, "b": bnjax.mlp((8, 8), 4, norm="none")}
+    first = sweep({"seed": range(2)}, both, probe=None)
+    (record,) = (sweep.path / store.LOG).iterdir()
+    record.write_bytes(b"damaged")
+    with pytest.raises(store.Damaged, match="bnjax/log/"):
+        sweep({"seed": range(2)}, {"a": MODEL}, probe=None)
+    xr.testing.assert_identical(sweep({"seed": range(2)}, both, probe=None), first)
+
+
+def test_two_names_of_one_network_are_continued(sweep):
+    first = sweep({"seed": range(2)}, {"a": MODEL, "b": MODEL}, probe=None)
+    xr.testing.assert_identical(sweep({"seed": range(2)}, {"a": MODEL, "b": MODEL}, probe=None), first)
+
+
+def test_a_width_that_was_changed_is_kept(sweep):
+    sweep({"seed": range(2)}, width=2, probe=None)
+    changed = sweep({"seed": range(4)}, width=4, allow_changed=["plan"], probe=None)
+    xr.testing.assert_identical(sweep({"seed": range(4)}, width=None, probe=None), changed)
+
+
+def test_states_are_saved_by_the_time_that_the_devices_take(sweep, monkeypatch):
+    """A minute for each of 4 pieces, whose calls return at once; a state is due after 2."""
+    clock, states, whole = [0.0], [], store.Store.save_state
+
+    def waited(value):
+        clock[0] += 60
+        return value
+
+    monkeypatch.setattr(jax, "block_until_ready", waited)
+    monkeypatch.setattr(run.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(store.Store, "save_state", lambda *args: states.append(clock[0]) or whole(*args))
+    sweep({"seed": range(4)}, segment=1, checkpoint_minutes=2, probe=None)
+    assert states == [120.0]
+
+
+def test_a_store_of_zarr_is_not_overwritten_silently(tmp_path):
+    results = xr.Dataset({"a": ("x", [1.0])})
+    for place in (zarr.storage.LocalStore(tmp_path / "r.zarr"), zarr.storage.MemoryStore()):
+        bnjax.save_results(results, place)
+        with pytest.raises(FileExistsError):
+            bnjax.save_results(results + 1, place)
+        with contextlib.closing(xr.open_zarr(place, consolidated=False)) as opened:
+            xr.testing.assert_identical(opened.load(), results)
+        bnjax.save_results(results, place, overwrite=True)

@@ -154,7 +154,8 @@ def sweep(
 
     def ask(there):
         """The same at the widths and segments of these identities, unless others are given."""
-        stored = {base: (int(w), int(s)) for base, w, s in (one.split(".") for one in there)}
+        # Of several at which a network is there the first is its own.
+        stored = {base: (int(w), int(s)) for base, w, s in (one.split(".") for one in reversed(list(there)))}
         found = dict(plans)
         for name in models.keys() & {name for name, base in identities().items() if base in stored}:
             w, s = stored[identities()[name]]
@@ -186,7 +187,7 @@ def sweep(
                 plan = fitting(plans[name], needed, may_change=may_change)
                 if plan != plans[name]:
                     plans[name] = plan
-                    results.change(layout(plans))
+                    results.replan(name, layout(plans))
                     todo[name] = program.in_groups(np.concatenate(todo[name]), plan.group)
                 _train(
                     results, name, programs, on_devices, config, cells, plan, todo[name], seconds, bar.count
@@ -256,7 +257,12 @@ def _train(results, name, programs, ds, config, cells, plan, groups, seconds, ti
         run = program.run_group(programs, ds, config, _of(cells, group), plan, halfway.pop(group[0], None))
         for found in run:
             at_its_end = found.at == len(pieces(config, plan.segment))
-            if not at_its_end and time.monotonic() - last >= seconds:
+            if at_its_end or seconds == math.inf:
+                continue
+            jax.block_until_ready(found.state.diverged_step)  # else the clock would be ahead of the devices
+            if time.monotonic() - last >= seconds:
+                while begun:
+                    finish(*begun.popleft())
                 arrays = program.packed(found, len(group))
                 key = results.save_state(name, _of(cells, group), arrays)
                 kept.pop(key, None)  # it may have been there

@@ -207,6 +207,13 @@ class Store:
         self.key = _append(self.files, layout, history, {*history} - {self.key})
         self.layout, self._record = layout, self.files.get(self.key)
 
+    def replan(self, name: str, asked: Layout) -> None:
+        """Another plan of one network, of which no cell is done; all else stays as it is on record."""
+        old = self.layout
+        models = {**old.models, name: (*asked.models[name], *old.models[name][1:])}
+        attributes = {**old.attributes, "plan": asked.attributes["plan"]}
+        self.change(dataclasses.replace(old, models=models, attributes=attributes))
+
     def finished(self) -> bool:
         """Whether all is done. Then what it has overwritten, or needs no more, is removed."""
         self._check()
@@ -276,7 +283,7 @@ def begin(
     whole = [key for key, layout in history.items() if isinstance(layout, Layout)]
     if damaged:
         bases = [{one.partition(".")[0] for one in several} for several in (ask(()).identities, there)]
-        if there and not overwrite and not bases[0] & bases[1]:
+        if not overwrite and not bases[0] >= bases[1]:  # a part of another network would be removed
             raise damaged[-1]
         for one in damaged:
             log.warning("%s; it is written again", one)
@@ -330,7 +337,10 @@ def _continued(stored, ask, allow_changed) -> tuple[Layout | None, str]:
     """What goes on from the stored record, the record itself if it says all; or None, and why nothing does."""
     asked = ask([identity for ids in stored.models.values() for identity in ids])
     own = {ids[0]: name for name, ids in stored.models.items()}
-    names = {name: own.get(ids[0], name) for name, ids in asked.models.items()}  # as they are called there
+    names = {  # as they are called there
+        name: name if stored.models.get(name, ("",))[0] == ids[0] else own.get(ids[0], name)
+        for name, ids in asked.models.items()
+    }
     old, new, changed = stored.attributes, asked.attributes, {}
     if any(ids[0] != stored.models.get(names[name], ids)[0] for name, ids in asked.models.items()):
         changed = {name: differences(compared(old, name), compared(new, name), name) for name in CHANGES}
