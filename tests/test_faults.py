@@ -348,7 +348,7 @@ class TestWithoutHardLinks:
 def places(undisturbed, tmp_path_factory):
     """A sweep of 4 seeds that died: two are committed, one is half way, one was not begun. And one that is done."""
     base = tmp_path_factory.mktemp("places")
-    die_at(7, "states", lambda: sweep(base / "halfway"))
+    die_at(6, "states", lambda: sweep(base / "halfway"))
     assert len(check_kept(base / "halfway", {}, undisturbed())) == 2
     assert len(contents(base / "halfway", store.STATES)) == 1
     sweep(base / "done")

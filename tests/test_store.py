@@ -583,8 +583,8 @@ class TestStatus:
         assert lines == [
             str(sweep.path),
             "  a: 6 of 6 cells done",
-            "  b: 0 of 6 cells done",
-            "  2 groups of cells half way",
+            "  b: 4 of 6 cells done",
+            "  1 groups of cells half way",
         ]
         assert writer.startswith(
             f"  nobody on this host is writing there; last written by process {os.getpid()} on"
