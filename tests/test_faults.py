@@ -202,7 +202,7 @@ class TestKilled:
 
     @pytest.mark.parametrize(
         ("what", "times", "done"),
-        [("parts", 2, 1), slow("states", 5, 1), slow("log", 1, 0), slow("lock", 1, 0), slow("export", 9, 4)],
+        [("parts", 2, 1), slow("states", 5, 2), slow("log", 1, 0), slow("lock", 1, 0), slow("export", 9, 4)],
     )
     def test_in_the_middle_of_a_write(self, start, undisturbed, tmp_path, what, times, done):
         path, expected = tmp_path / "r.zarr", undisturbed()

@@ -595,7 +595,7 @@ class TestStatus:
         for part in parts:
             (sweep.path / part).write_text("broken")
         damaged = bnjax.status(sweep.path).damaged
-        assert len(damaged) == 2  # of what overwrites
+        assert len(damaged) == 3  # of what overwrites
         assert {*damaged} < {*parts}
 
     def test_of_no_results_of_a_sweep(self, tmp_path, capsys):
