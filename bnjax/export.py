@@ -112,7 +112,8 @@ def write(results: xr.Dataset, files: Files) -> None:
 
 def remove(files: Files) -> None:
     """Removes the plain Zarr at the root, and what the earlier format kept beside it."""
-    files.delete("zarr.json")
+    for key in ("zarr.json", "bnjax/zarr.json"):
+        files.delete(key)
     for key in files.list():
         if key.count("/") == 1 and key.endswith("/zarr.json") and not key.startswith("bnjax/"):
             files.remove(key.partition("/")[0])
@@ -124,6 +125,11 @@ def check_place(files: Files, *of_a_sweep: str) -> None:
     """Raises ValueError if what is there is neither a sweep's (in those folders) nor plain Zarr."""
     if isinstance(files, Folder) and files.root.is_file():
         raise ValueError(f"{files.name} is a file: choose a new folder, or one that holds results of a sweep")
+    if (before := place_of(files)) is not files:
+        raise ValueError(
+            f"{files.name} was being replaced when that was cut off: what it held is in {before.name}; "
+            "rename it back, or remove it"
+        )
     if any(map(files.list, of_a_sweep)) or stands(files):
         return
     if any(not key.startswith("bnjax/") for key in files.list()):
@@ -133,6 +139,13 @@ def check_place(files: Files, *of_a_sweep: str) -> None:
 def stands(files: Files) -> bool:
     """Whether there is a plain Zarr at the root, or what is left of one of a sweep."""
     return any(files.get(key) is not None for key in ("zarr.json", "bnjax/zarr.json"))
+
+
+def of_others(files: Files) -> bool:
+    """Whether the plain Zarr at the root is no export: saved at once, or a sweep's in the earlier format."""
+    return files.get("zarr.json") is not None and b'"attributes": {"digest"' not in (
+        files.get("bnjax/zarr.json") or b""
+    )
 
 
 def load(files: Files) -> xr.Dataset:

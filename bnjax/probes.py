@@ -24,7 +24,7 @@ import optax
 from jax.experimental.sparse import linalg
 
 from bnjax import choices
-from bnjax.types import Array, Model, Probe, PyTree, Snapshot
+from bnjax.types import Array, Dataset, Hyperparams, Model, Probe, PyTree, Snapshot
 
 # Of a Jacobian that `singular_values` forms: 32 MB in float32, and some seconds for its singular values.
 LARGEST_JACOBIAN = 2**23
@@ -45,6 +45,28 @@ class Gradients(NamedTuple):
 
     intermediates: dict[str, jax.Array]
     weights: dict[str, jax.Array]
+
+
+def shapes(probe: Probe, model: Model, ds: Dataset) -> dict[str, jax.ShapeDtypeStruct]:
+    """{quantity: the shape and type of what the probe measures}, without measuring.
+
+    Raises:
+      ValueError: if one is neither a scalar nor one figure a layer.
+    """
+
+    def measured(ds, hyper):
+        state = model.init(jax.random.key(0), ds.train_x.shape[1:], hyper.init_scale)
+        found = probe.measure(Snapshot(*state, *state, ds, hyper))
+        return {name: jnp.asarray(value) for name, value in found.items()}
+
+    found = jax.eval_shape(measured, ds, Hyperparams())
+    for quantity, value in found.items():
+        if value.shape not in ((), (len(probe.layers),)):
+            raise ValueError(
+                f"the probe's {quantity!r} must be a scalar or one figure for each of its layers "
+                f"{tuple(probe.layers)}, got shape {value.shape}"
+            )
+    return found
 
 
 def kernels(params: PyTree, batch_stats: PyTree = ()) -> dict[str, Any]:

@@ -21,7 +21,6 @@ import bnjax
 from bnjax import activations, choices, plots, training
 from bnjax.models import mlp
 from bnjax.sweeps import grid, robustness, store
-from bnjax.sweeps.plan import in_words
 from experiments import common, measure_width
 
 FLAGS = flags.FLAGS
@@ -239,10 +238,21 @@ def report(results: xr.Dataset, path: Path) -> None:
     more = 4 * accuracy.sizes["seed"]
     print(f"figure:   {picture}")
     print(f"results:  {path}   (bnjax.load_results opens it)")
-    for plan in dict.fromkeys(map(in_words, results.attrs["plan"].values())):
-        print(f"plan:     {plan}")
+    plans = {}
+    for name, plan in results.attrs["plan"].items():
+        plans.setdefault(_in_words(plan), []).append(name)
+    for words, names in plans.items():
+        print(f"plan:     {words}" + f" ({', '.join(names)})" * (len(plans) > 1))
     larger = common.command(SCRIPT, seeds=more, out=path.parent, overwrite=None)
     print(f"continue: {larger}   (only new cells are trained)")
+
+
+def _in_words(plan):
+    devices = plan["devices"]
+    return (
+        f"width {plan['width']} on {devices} device{'s' * (devices > 1)}, at most {plan['segment']} steps at once"
+        + (f"; {plan['narrowed']}" if "narrowed" in plan else "")
+    )
 
 
 def table(accuracy: xr.DataArray, summaries: dict, results: xr.Dataset) -> Table:

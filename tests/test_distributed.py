@@ -14,7 +14,7 @@ import pytest
 import xarray as xr
 
 import bnjax
-from bnjax.sweeps import files, run
+from bnjax.sweeps import files, run, store
 
 ROOT = Path(__file__).parents[1]
 WORKER = """
@@ -32,11 +32,17 @@ print("all done", "done" not in found, flush=True)
 """
 
 
-def sweep(path, width=2, **options):
-    """10 parts of 2 cells (at that width), on one device."""
+def sweep(path, width=2, odd=None, full=None, **options):
+    """10 parts of 2 cells (at that width), on one device. Process `odd` has other data; for `full` there is no room."""
     import jax
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(int(odd == jax.process_index()))
+
+    def refuse(*_):
+        raise OSError("no room")
+
+    if full == jax.process_index():
+        store.Store.commit = refuse
     x, y = rng.normal(size=(128, 12)).astype(np.float32), rng.integers(4, size=128).astype(np.int32)
     groups, run.GROUPS = run.GROUPS, 1
     try:
@@ -86,7 +92,7 @@ def test_shares_are_the_whole(tmp_path, count):
     finish(start(tmp_path / "r.zarr", count))
     found = bnjax.load_results(tmp_path / "r.zarr")
     xr.testing.assert_equal(found, sweep(None))
-    assert not any(files.Folder(tmp_path / "r.zarr").writer(i)[1] for i in range(count))
+    assert files.Folder(tmp_path / "r.zarr").writer().startswith("nobody on this host is writing there")
 
 
 @pytest.mark.slow
@@ -106,6 +112,26 @@ def test_one_is_killed_and_another_number_goes_on(tmp_path):
     finish(start(path, 3))
     assert {name: (parts / name).read_bytes() for name in done} == done
     xr.testing.assert_equal(bnjax.load_results(path), sweep(None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize(
+    ("fault", "words", "done"), [("odd", "has others than process 0", 0), ("full", "no room", 6)]
+)
+def test_one_fails_and_all_end(tmp_path, fault, which, words, done):
+    """None waits for ever, the others' shares are stored, and the same job goes on."""
+    path, said = tmp_path / "r.zarr", []
+    for process in start(path, 3, **{fault: which}):
+        said.append(process.communicate(timeout=200)[0])
+        assert process.returncode == 1
+    words_in = [words in text for text in said]
+    assert any(words_in) if fault == "odd" else words_in == [i == which for i in range(3)]
+    assert sum("failed, and says why" in text for text in said) >= 1
+    assert len(files.Folder(path).list("bnjax/parts")) >= done
+    if which or fault == "full":
+        finish(start(path, 2))
+        xr.testing.assert_equal(bnjax.load_results(path), sweep(None))
 
 
 def test_needs_a_path(monkeypatch):

@@ -7,6 +7,7 @@ import math
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,20 +29,45 @@ def sweep(ds, axes=AXES, **options):
 
 
 class TestBySize:
-    # 3 times the parameters' bytes in 4 MiB, at most 16; or in 2 GiB, at most 256
+    # 3 times the parameters' bytes in 5 MiB, at most 16; or in 2 GiB, at most 256
     @pytest.mark.parametrize(
         ("features", "cpu", "gpu"),
-        [((8,), 16, 256), ((128, 128, 128), 2, 256), ((512,) * 3, 1, 128), ((4096,) * 3, 1, 4)],
+        [
+            ((8,), 16, 256),
+            ((100,) * 3, 4, 256),
+            ((128,) * 3, 2, 256),
+            ((512,) * 3, 1, 128),
+            ((4096,) * 3, 1, 4),
+        ],
     )
     def test_widths(self, features, cpu, gpu):
         model, parameters = bnjax.mlp(features), 784 * features[0] + 10 * features[-1] + 10
         parameters += sum(a * b for a, b in itertools.pairwise(features)) + 2 * sum(features)
         device = mock.Mock(spec=jax.Device, platform="gpu")
-        for width, devices, room, most in ((cpu, None, 2**22, 16), (gpu, [device], 2**31, 256)):
+        for width, devices, room, most in ((cpu, None, 5 * 2**20, 16), (gpu, [device], 2**31, 256)):
             found = plan.make_plan(model, images(), CONFIG, devices=devices)
             assert found.width == width
             assert width == 1 or width * 12 * parameters <= room
             assert width == most or 2 * width * 12 * parameters > room
+
+    def test_of_a_convolutional_network(self):
+        """Wherever the convolution is in its program."""
+        kernel = jnp.ones((3, 3, 1, 4))
+
+        def apply(params, batch_stats, x, *, train):
+            x = jax.lax.scan(lambda y, _: (convolve(y), None), x.reshape(-1, 28, 28, 1), None, 2)[0]
+            return x.reshape(len(x), -1) @ params, batch_stats
+
+        @jax.jit
+        def convolve(x):
+            numbers = ("NHWC", "HWIO", "NHWC")
+            y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+            return y.sum(-1, keepdims=True)
+
+        model = bnjax.Model(lambda key, shape, scale: (jax.random.normal(key, (784, 10)) * scale, ()), apply)
+        device = mock.Mock(spec=jax.Device, platform="gpu")
+        widths = [plan.make_plan(model, images(), CONFIG, devices=d).width for d in (None, [device])]
+        assert widths == [1, 256]
 
     def test_devices(self, blobs):
         count = len(jax.local_devices())
@@ -74,13 +100,6 @@ class TestBySize:
     def test_a_sweep_says_what_it_used(self, blobs):
         stored = sweep(blobs, width=4).attrs["plan"][""]
         assert json.loads(json.dumps(stored)) == {"width": 4, "devices": 2, "segment": 6}
-
-    def test_in_words(self):
-        assert plan.in_words(MADE.as_dict()) == "width 16 on 2 devices, at most 6 steps at once"
-        narrowed = MADE._replace(devices=MADE.devices[:1], narrowed="width 32 needs more")
-        assert plan.in_words(narrowed.as_dict()).endswith(
-            "16 on 1 device, at most 6 steps at once; width 32 needs more"
-        )
 
     def test_no_other_way_is_taken(self, blobs):
         with pytest.raises(ValueError, match=r"plan='measure' is no longer taken: .* width= sets another"):
@@ -130,19 +149,21 @@ class TestFitting:
             plan.fitting(MADE, needed, may_change=True)
 
 
+def trainer(ds, config, **options):
+    plans = {"": plan.make_plan(MODEL, ds, config, **options)}
+    return program.trainers({"": MODEL}, ds, config, {"": None}, plans)[""]
+
+
 class TestMemory:
     def limit(self, monkeypatch, blobs, width):
         """Memory for that width, and no wider one."""
-        tight = plan.make_plan(MODEL, blobs, CONFIG, width=width)
-        needed = program.memory_needed(program.programs_of(MODEL, CONFIG, tight, None), blobs, CONFIG, tight)
+        needed = program.memory_needed(trainer(blobs, CONFIG, width=width))
         monkeypatch.setattr(plan, "_memory", lambda devices: needed)
 
     @pytest.mark.slow
     def test_counts_what_the_program_takes(self, blobs):
         def needed(config, width):
-            wide = plan.make_plan(MODEL, blobs, config, width=width, segment=3)
-            programs = program.programs_of(MODEL, config, wide, None)
-            return program.memory_needed(programs, blobs, config, wide)
+            return program.memory_needed(trainer(blobs, config, width=width, segment=3))
 
         data = sum(a.nbytes for a in blobs)
         for steps in (3, 6):  # a program for whole runs, and one for segments
@@ -183,10 +204,10 @@ class TestMemory:
     def test_the_compiler_may_run_out_of_it(self, monkeypatch, blobs):
         whole = program.memory_needed
 
-        def memory_needed(programs, ds, config, plan):
-            if plan.width > 4:
+        def memory_needed(trainer):
+            if trainer.plan.width > 4:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-            return whole(programs, ds, config, plan)
+            return whole(trainer)
 
         monkeypatch.setattr(program, "memory_needed", memory_needed)
         results = sweep(blobs)

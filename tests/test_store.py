@@ -93,7 +93,7 @@ def sweep(blobs, tmp_path, monkeypatch):
     found, whole = Sweep(blobs, tmp_path / "r.zarr"), program.run_group
 
     def seen(*args):
-        found.trained.extend(zip(*(values.tolist() for values in args[3][:2]), strict=True))
+        found.trained.extend(zip(*(values.tolist() for values in args[1][:2]), strict=True))
         return whole(*args)
 
     monkeypatch.setattr(program, "run_group", seen)
@@ -400,6 +400,13 @@ class TestOverwrite:
             sweep.refused(words, overwrite=overwrite)
             assert [p for p in sweep.path.parent.rglob("*") if p.is_file()] == [other]
 
+    def test_what_was_put_aside_is_not_forgotten(self, sweep):
+        """By a `save_results` that was cut off between its two renames."""
+        first = sweep(FEW)
+        sweep.path.rename(bnjax.export.aside(sweep.path))
+        sweep.refused(r"cut off: what it held is in .*\.r\.zarr\.replaced", FEW, overwrite=True)
+        xr.testing.assert_identical(sweep.load(), first)
+
 
 class TestExport:
     def test_is_what_xarray_opens_and_may_be_saved_again(self, sweep, tmp_path):
@@ -426,6 +433,12 @@ class TestExport:
         assert os.listdir(sweep.path) == ["bnjax"]
 
     @pytest.mark.filterwarnings("ignore:Object at .* is not recognized")
+    def test_left_out_and_asked_for_again(self, sweep, caplog):
+        for export in (True, False, True):
+            sweep(FEW, export=export)
+        xr.testing.assert_identical(sweep.opened(), sweep.load())
+        assert caplog.messages == []
+
     def test_is_nothing_that_results_rest_on(self, sweep):
         found = sweep(FEW)
         shutil.rmtree(sweep.path / "test_loss")
@@ -586,9 +599,8 @@ class TestStatus:
             "  b: 4 of 6 cells done",
             "  1 groups of cells half way",
         ]
-        assert writer.startswith(
-            f"  nobody on this host is writing there; last written by process {os.getpid()} on"
-        )
+        last = f"  nobody on this host is writing there; last written by process {os.getpid()} on"
+        assert writer.startswith(last)
         with files.Folder(sweep.path).writing():
             assert f"process {os.getpid()} on" in bnjax.status(sweep.path).writer
         parts = [f"bnjax/parts/{name}" for name in sweep.kept("parts")]
@@ -687,8 +699,8 @@ class TestNarrowed:
 
     @pytest.fixture
     def too_little(self, monkeypatch):
-        def needed(programs, ds, config, plan):
-            if plan.width > 1:
+        def needed(trainer):
+            if trainer.plan.width > 1:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
             return 0
 
@@ -736,6 +748,24 @@ def test_a_width_that_was_changed_is_kept(sweep):
     sweep({"seed": range(2)}, width=2, probe=None)
     changed = sweep({"seed": range(4)}, width=4, allow_changed=["plan"], probe=None)
     xr.testing.assert_identical(sweep({"seed": range(4)}, width=None, probe=None), changed)
+
+
+def test_a_width_that_was_asked_for_is_kept_when_something_else_changes(sweep):
+    """Not that of the network's size, which is 16."""
+    sweep({"seed": range(2)}, width=4, probe=None)
+    other, allow = bnjax.TrainConfig(steps=4, batch_size=32, eval_every=2, data_seed=1), ["config"]
+    changed = sweep({"seed": range(4)}, config=other, width=None, allow_changed=allow, probe=None)
+    assert changed.attrs["plan"][""]["width"] == 4
+    assert len(changed.attrs["identity"][""]) == 2
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [({"plan": 1, "mine": 2}, r"must not have \['plan'\]"), ({"mine": {1}}, "what JSON holds: .* set")],
+)
+def test_odd_attributes_are_refused(sweep, about, words):
+    sweep.refused(words, about=about)
+    assert not sweep.path.exists()
 
 
 def test_states_are_saved_by_the_time_that_the_devices_take(sweep, monkeypatch):

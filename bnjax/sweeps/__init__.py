@@ -1,1 +1,1 @@
-"""MANY runs: grid (axes -> cells), plan (how to run them here), run, store, leases, robustness (what they say)."""
+"""MANY runs: a grid's cells, how they run here (plan, program), and what is kept of them (layout, store, files)."""

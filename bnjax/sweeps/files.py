@@ -52,9 +52,10 @@ class Folder:
                 os.link(temporary, path)
             except (FileExistsError, FileNotFoundError):
                 raise
-            except OSError:  # a file system without links
-                with path.open("xb") as file:
-                    _write(file, data)
+            except OSError:  # a file system without links: names are digests, but for those of records
+                if path.exists():
+                    return False
+                temporary.rename(path)
             return True
         return False
 
@@ -94,33 +95,36 @@ class Folder:
             return found.st_ino, found.st_ctime_ns
 
     @contextlib.contextmanager
-    def writing(self, index: int = 0) -> Iterator[dict[str, Any]]:
-        """While it lasts this process is a writer, number `index` of its job; yields the note of the one before.
+    def writing(self) -> Iterator[dict[str, Any]]:
+        """While it lasts this process is the writer; yields the note of the one before.
 
         Raises:
-          Busy: if another run is writing, by a lock that the kernel drops when its process dies (`index` 0 only).
+          Busy: if another run is writing, by a lock that the kernel drops when its process dies.
         """
         self.make(os.path.dirname(LOCK))
         with contextlib.ExitStack() as stack:
             with self._named():
-                lock = os.open(self.root / _lock(index), os.O_RDWR | os.O_CREAT, 0o666)
+                lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             stack.callback(os.close, lock)
             until = time.monotonic() + 1  # who only looks for a writer has it for a moment, too
-            while not _locked(lock, exclusive=True) and index == 0:
+            while not _locked(lock, exclusive=True):
                 if time.monotonic() > until:
                     raise Busy(f"{self.name}: {in_words(_note(self.get(LOCK)))} is writing there")
                 time.sleep(0.05)
-            before = _note(self.get(_lock(index)))
+            before = _note(self.get(LOCK))
             with self._named():
                 os.truncate(lock, 0)
                 os.pwrite(lock, _my_note(), 0)
             yield before
 
-    def writer(self, index: int = 0) -> tuple[dict[str, Any], bool | None]:
-        """The note of the last writer of that number, and whether it is still there (None: that is not known)."""
-        with contextlib.suppress(OSError), (self.root / _lock(index)).open("rb") as lock:
-            return _note(lock.read()), not _locked(lock, exclusive=False)
-        return {}, False
+    def writer(self) -> str:
+        """Who is writing, in words."""
+        with contextlib.suppress(OSError), (self.root / LOCK).open("rb") as lock:
+            note = _note(lock.read())
+            if not _locked(lock, exclusive=False):
+                return f"{in_words(note)} is writing there"
+            return f"nobody on this host is writing there{_last(note)}"
+        return "nobody is writing there"
 
     @contextlib.contextmanager
     def _written(self, path, data):
@@ -188,13 +192,13 @@ class Bucket:
         """There is none."""
 
     @contextlib.contextmanager
-    def writing(self, index: int = 0) -> Iterator[dict[str, Any]]:  # noqa: D102
-        before = _note(self.get(_lock(index)))
-        self.put(_lock(index), _my_note())
+    def writing(self) -> Iterator[dict[str, Any]]:  # noqa: D102
+        before = _note(self.get(LOCK))
+        self.put(LOCK, _my_note())
         yield before
 
-    def writer(self, index: int = 0) -> tuple[dict[str, Any], bool | None]:  # noqa: D102
-        return _note(self.get(_lock(index))), None
+    def writer(self) -> str:  # noqa: D102
+        return f"whether anybody is writing there is not known{_last(_note(self.get(LOCK)))}"
 
     @contextlib.contextmanager
     def _named(self):
@@ -238,7 +242,10 @@ def files_at(path: PathLike) -> Folder | Bucket:
             import obstore.store
         except ImportError:
             raise ImportError(f"path={path!r}: URLs need obstore: pip install 'bnjax[cloud]'") from None
-        return Bucket(obstore.store.from_url(path), path)
+        try:
+            return Bucket(obstore.store.from_url(path), path)
+        except obstore.exceptions.BaseError as error:
+            raise ValueError(f"path={path!r}: {str(error).splitlines()[0]}") from None
     if isinstance(path, str | os.PathLike):
         return Folder(path)
     inner = path.store if isinstance(path, zarr.storage.ObjectStore) else path
@@ -258,8 +265,8 @@ def in_words(note: dict[str, Any]) -> str:
     return f"process {note['pid']} on {note['host']} (since {when} by its clock)"
 
 
-def _lock(index):
-    return f"{LOCK}-{index}" if index else LOCK
+def _last(note):
+    return f"; last written by {in_words(note)}" if note else ""
 
 
 def _my_note():

@@ -16,7 +16,6 @@ from bnjax.export import Damaged, first_line
 from bnjax.sweeps import grid
 from bnjax.types import Hyperparams
 
-ARRAYS = ("axes", "further")  # of a layout
 IDENTITY = re.compile(r"[0-9a-f]+(\.[1-9][0-9]{0,9}){2}")  # with a width and a segment
 
 
@@ -38,7 +37,6 @@ class Layout:
     further: Mapping[str, np.ndarray]  # the coordinates of the other dimensions
     variables: Mapping[str, Variable]
     attributes: Mapping[str, Any]
-    overwrites: bool = False  # until it is complete, the record before it counts
 
     @property
     def hyper(self) -> Hyperparams:
@@ -60,10 +58,7 @@ class Layout:
 
     def to_bytes(self) -> bytes:
         """As JSON, after its digest."""
-        arrays = {
-            name: {k: np.asarray(v).tolist() for k, v in getattr(self, name).items()} for name in ARRAYS
-        }
-        body = json.dumps(dataclasses.asdict(self) | arrays).encode()
+        body = json.dumps(dataclasses.asdict(self), default=np.ndarray.tolist).encode()
         return digest(body).encode() + b"\n" + body
 
     @classmethod
@@ -87,8 +82,6 @@ class Layout:
                 raise ValueError("the type of a variable")
             if not all([found.models, *found.models.values(), *map(IDENTITY.fullmatch, found.identities)]):
                 raise ValueError("its models")
-            if {type(found.labelled), type(found.overwrites)} != {bool}:
-                raise ValueError("its form")
             _ = View(found).dataset(), compared(found.attributes, "plan")
             return found
         except Exception as error:  # whatever odd bytes raise

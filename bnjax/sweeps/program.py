@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bnjax.sweeps.grid import DTYPES
-from bnjax.sweeps.plan import Plan
+from bnjax.sweeps.plan import Plan, fitting
 from bnjax.training import Recorded, RunState, TrainConfig, history_of, make_run, pieces
 from bnjax.types import ApplyFn, Dataset, Hyperparams, InitFn, Model, Probe
 
@@ -29,6 +29,10 @@ class Halfway(NamedTuple):
     state: RunState
     at_start: dict[str, jax.Array]  # what the probe measured before the first step
     recorded: list[Recorded]  # [cells, evaluations, ...], of the pieces with evaluations
+
+    def cut(self, rows: np.ndarray) -> "Halfway":
+        """Some of the cells, by their numbers."""
+        return Halfway(self.at, *jax.tree.map(lambda a: a[rows], self[1:]))
 
 
 class Programs(NamedTuple):
@@ -99,47 +103,73 @@ def compiled(
     )
 
 
-def programs_of(model: Model, config: TrainConfig, plan: Plan, probe: Probe | None) -> Programs:
-    """The programs for this plan."""
-    return compiled(model.init, model.apply, config, plan.devices, probe)
+class Trainer(NamedTuple):
+    """Trains the cells of one network, a group at a time."""
+
+    programs: Programs
+    ds: Dataset  # on the devices
+    config: TrainConfig
+    plan: Plan
+
+    @property
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """Those of each run."""
+        return pieces(self.config, self.plan.segment)
+
+    def fitted(self, *, may_change: bool) -> "Trainer":
+        """The same at a width whose program fits into memory; see `plan.fitting`."""
+        return self._replace(
+            plan=fitting(
+                self.plan, lambda plan: memory_needed(self._replace(plan=plan)), may_change=may_change
+            )
+        )
 
 
-def memory_needed(programs: Programs, ds: Dataset, config: TrainConfig, plan: Plan) -> int:
+def trainers(
+    models: Mapping[str, Model],
+    ds: Dataset,
+    config: TrainConfig,
+    probes: Mapping[str, Probe | None],
+    plans: Mapping[str, Plan],
+) -> dict[str, Trainer]:
+    """One for each network, on the same devices, which share the data. Nothing is compiled yet."""
+    found = {
+        name: compiled(one.init, one.apply, config, plans[name].devices, probes[name])
+        for name, one in models.items()
+    }
+    ds = jax.device_put(ds, next(iter(found.values())).replicated)
+    return {name: Trainer(programs, ds, config, plans[name]) for name, programs in found.items()}
+
+
+def memory_needed(trainer: Trainer) -> int:
     """Bytes on all devices together that the plan's largest program takes, by the compiler's count; it is kept."""
-    shapes = (jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=programs.replicated) for a in ds)
-    return _memory_needed(programs, Dataset(*shapes), config, plan._replace(narrowed=None))
+    shapes = [
+        jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=trainer.programs.replicated) for a in trainer.ds
+    ]
+    return _memory_needed(trainer._replace(ds=Dataset(*shapes), plan=trainer.plan._replace(narrowed=None)))
 
 
 @functools.lru_cache(maxsize=16)  # the compiler takes some 50 ms to answer
-def _memory_needed(programs, ds, config, plan):
-    state, _ = _shapes(programs, ds, plan.group)
-    state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=programs.split), state)
-    cells = _cells(plan.group)
-    _, steps, evaluations = max(pieces(config, plan.segment), key=lambda piece: piece[1:])
-    lowered = programs.advance.lower(state, cells, ds, np.int32(0), steps, evaluations)
+def _memory_needed(trainer):
+    cells, state, _ = _shapes(trainer)
+    state = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=trainer.programs.split), state
+    )
+    _, steps, evaluations = max(trainer.pieces, key=lambda piece: piece[1:])
+    lowered = trainer.programs.advance.lower(state, cells, trainer.ds, np.int32(0), steps, evaluations)
     found = lowered.compile().memory_analysis()
     if found is None:
         return 0
     sizes = (found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
-    return len(plan.devices) * (sum(sizes) - found.alias_size_in_bytes)
+    return len(trainer.plan.devices) * (sum(sizes) - found.alias_size_in_bytes)
 
 
-def run_group(
-    programs: Programs,
-    ds: Dataset,
-    config: TrainConfig,
-    cells: Hyperparams,
-    plan: Plan,
-    halfway: Halfway | None = None,
-) -> Iterator[Halfway]:
+def run_group(trainer: Trainer, cells: Hyperparams, halfway: Halfway | None = None) -> Iterator[Halfway]:
     """Trains at most `plan.group` cells, piece by piece.
 
     Args:
-      programs: from `programs_of`.
-      ds: the data, on the devices (`programs.replicated`).
-      config: what is the same for all cells.
+      trainer: of their network.
       cells: an array [cells] in each field. Fewer than the group are padded to it.
-      plan: devices, width, segment.
       halfway: of these cells, to go on from.
 
     Yields:
@@ -148,15 +178,15 @@ def run_group(
 
     def padded(a):
         """[cells, ...] to [group, ...], by repeating the last cell."""
-        return a[np.minimum(np.arange(plan.group), len(a) - 1)] if np.ndim(a) else a
+        return a[np.minimum(np.arange(trainer.plan.group), len(a) - 1)] if np.ndim(a) else a
 
-    hyper = jax.tree.map(padded, cells)
+    programs, ds, hyper = trainer.programs, trainer.ds, jax.tree.map(padded, cells)
     if halfway is None:
         state = programs.start(hyper, ds)
         halfway = Halfway(0, state, programs.measure(hyper, state, ds) if programs.measure else {}, [])
     else:
         halfway = jax.tree.map(padded, halfway)
-    for first, steps, evaluations in pieces(config, plan.segment)[int(halfway.at) :]:
+    for first, steps, evaluations in trainer.pieces[int(halfway.at) :]:
         state, recorded = programs.advance(halfway.state, hyper, ds, np.int32(first), steps, evaluations)
         so_far = [*halfway.recorded, *([recorded] if evaluations else [])]
         halfway = Halfway(int(halfway.at) + 1, state, halfway.at_start, so_far)
@@ -180,41 +210,28 @@ def packed(halfway: Halfway, count: int) -> dict[str, np.ndarray]:
     return {f"leaf {i}": leaf[:count] if leaf.ndim else leaf for i, leaf in enumerate(leaves)}
 
 
-def unpacked(
-    arrays: Mapping[str, np.ndarray],
-    rows: np.ndarray,
-    programs: Programs,
-    ds: Dataset,
-    config: TrainConfig,
-    plan: Plan,
-) -> Halfway:
-    """The inverse, for some of the cells. Raises an error if it is none."""
-    at, todo = int(arrays["leaf 0"]), pieces(config, plan.segment)
-    state, at_start = _shapes(programs, ds, plan.group)
+def unpacked(trainer: Trainer, arrays: Mapping[str, np.ndarray]) -> Halfway:
+    """The inverse. Raises an error if it is none."""
+    at, todo = int(arrays["leaf 0"]), trainer.pieces
+    cells, state, at_start = _shapes(trainer)
     recorded = [
-        programs.advance.eval_shape(state, _cells(plan.group), ds, np.int32(first), steps, evaluations)[1]
+        trainer.programs.advance.eval_shape(state, cells, trainer.ds, np.int32(first), steps, evaluations)[1]
         for first, steps, evaluations in todo[:at]
         if evaluations
     ]
     shapes, structure = jax.tree.flatten(Halfway(at, state, at_start, recorded))
-    leaves = [arrays[f"leaf {i}"] for i in range(len(shapes))]
-    same = [
-        (a.dtype, a.shape[1:]) == (b.dtype, b.shape[1:]) for a, b in zip(leaves[1:], shapes[1:], strict=True)
-    ]
-    if len(arrays) != len(leaves) or not all(same) or not 0 < at < len(todo):
+    leaves = [at, *(arrays[f"leaf {i}"] for i in range(1, len(shapes)))]
+    forms = ([(a.dtype, a.shape[1:]) for a in several[1:]] for several in (leaves, shapes))
+    if len(arrays) != len(leaves) or not 0 < at < len(todo) or next(forms) != next(forms):
         raise ValueError("of another program")
-    return jax.tree.unflatten(structure, [at, *(leaf[rows] for leaf in leaves[1:])])
+    return jax.tree.unflatten(structure, leaves)
 
 
-def _shapes(programs, ds, cells):
-    """Of a group's state, and of what the probe measured at the start."""
-    hyper = _cells(cells)
-    state = programs.start.eval_shape(hyper, ds)
-    return state, programs.measure.eval_shape(hyper, state, ds) if programs.measure else {}
-
-
-def _cells(count):
-    return Hyperparams(*(np.zeros(count, dtype) for dtype in DTYPES.values()))
+def _shapes(trainer):
+    """(cells, state, what the probe measured at the start) of a group."""
+    cells = Hyperparams(*(np.zeros(trainer.plan.group, dtype) for dtype in DTYPES.values()))
+    state, measure = trainer.programs.start.eval_shape(cells, trainer.ds), trainer.programs.measure
+    return cells, state, measure.eval_shape(cells, state, trainer.ds) if measure else {}
 
 
 def in_groups(places: np.ndarray, size: int) -> list[np.ndarray]:

@@ -29,16 +29,37 @@ def describe(
     axes: Iterable[str],
     hyper: Hyperparams,
     device: jax.Device,
+    data: str,
+    about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a sweep computes, and with what, as JSON holds it; TypeError if it cannot hold a model's config."""
-    description = {
+    """What a sweep computes, and with what, as JSON holds it.
+
+    Args:
+      models: {name: network}.
+      config: what is the same for all cells.
+      axes: the names of what is swept.
+      hyper: the values of what is not.
+      device: one of those that it runs on.
+      data: its `fingerprint`.
+      about: further attributes; what is under "data" there joins the fingerprint.
+
+    Raises:
+      ValueError: if `about` has a name that is taken, or something that JSON does not hold; as a model's config may.
+    """
+    found = {
         "models": {name: dict(model.config) for name, model in models.items()},
         "config": dataclasses.asdict(config),
         "hyper": {name: np.asarray(v).item() for name, v in hyper._asdict().items() if name not in axes},
         "versions": versions(),
         "device": _kind(device),
     }
-    return json.loads(json.dumps(description))
+    if taken := {*found, "plan", "identity", "changes"} & {*about}:
+        raise ValueError(f"about must not have {sorted(taken)}, which results have anyway")
+    found |= dict(about) | {"data": {"fingerprint": data} | dict(about.get("data", {}))}
+    try:
+        return json.loads(json.dumps(found))
+    except TypeError as error:
+        raise ValueError(f"about and the networks' config must be what JSON holds: {error}") from None
 
 
 def identity(
@@ -90,19 +111,14 @@ def _code():
     return hashlib.blake2b(b"".join(path.read_bytes() for path in files), digest_size=8).hexdigest()
 
 
-@functools.cache
 def isa() -> str:
     """The machine's architecture, and of the vector instructions known here the widest that it has."""
-    words = _processor().get("flags", _processor().get("features", "")).split()
+    words = processor().get("flags", processor().get("features", "")).split()
     return " ".join([platform.machine(), *[name for name in ISA if name in words][:1]])
 
 
-def processor() -> str:
-    """The processor's name, if it says."""
-    return _processor().get("model name", "processor")
-
-
-def _processor() -> dict[str, str]:
+@functools.cache
+def processor() -> dict[str, str]:
     """What the system says of the first core; nothing where it does not."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]

@@ -29,9 +29,9 @@ import xarray as xr
 from bnjax import export
 from bnjax.export import Damaged, first_line
 from bnjax.sweeps import grid
-from bnjax.sweeps.files import Files, PathLike, files_at, in_words
+from bnjax.sweeps.files import Files, PathLike, files_at
 from bnjax.sweeps.layout import IDENTITY, Layout, View, compared, digest
-from bnjax.sweeps.program import in_groups
+from bnjax.sweeps.program import Halfway, in_groups
 from bnjax.sweeps.provenance import differences
 from bnjax.types import Hyperparams
 
@@ -129,7 +129,7 @@ def standing(files: Files, history: Mapping[str, Layout | Damaged]) -> tuple[str
             raise layout
         view = View(layout)
         damaged = read_parts(files, view, set())
-        if not layout.overwrites or view.done.all():
+        if view.done.all() or (key == next(iter(history)) and not export.of_others(files)):
             return key, view, damaged
     return None
 
@@ -138,19 +138,43 @@ class Store:
     """What one run writes to, under `files.writing`. Made by `begin`, or from its `key` in other processes."""
 
     def __init__(self, files: Files, key: str):
-        self.files, self.key, self._record, self._seen = files, key, files.get(key), set()
+        self.files, self.key, self._record = files, key, files.get(key)
         self.layout = Layout.from_bytes(self._record)
         self.done = View(self.layout).done  # [models, cells]
+        self._seen, self._states = set(), {}  # parts; {key of a state: (model, places)}
         self.refresh()
 
-    def missing(self, name: str, size: int) -> list[np.ndarray]:
-        """The places of a network's cells that are not done, in groups of at most `size`: those half way first."""
-        missing, groups = np.flatnonzero(~self.done[self.index(name)]), []
-        for _, at, _ in self.states(name):
-            if np.isin(at, missing).all():
-                missing = np.setdiff1d(missing, at)
-                groups += in_groups(np.sort(at), size)
-        return groups + in_groups(missing, size)
+    def missing(
+        self, name: str, size: int, read: Callable[[Mapping[str, np.ndarray]], Halfway]
+    ) -> list[tuple[np.ndarray, Halfway | None]]:
+        """The cells of a network that are not done, in groups of at most `size`: (places, the group half way).
+
+        Args:
+          name: of the network.
+          size: cells.
+          read: a state's arrays to the group. What it refuses is reported, removed and trained again.
+        """
+        found = []
+        for file in self.files.list(STATES):
+            key, identity = f"{STATES}/{file}", file.rpartition("-")[0]
+            if identity != self.layout.models[name][0] or (data := self.files.get(key)) is None:
+                continue
+            try:
+                _, cells, arrays = unpack(file, data)
+                at = self.layout.positions(cells)
+                order = np.argsort(at)
+                found.append((read(arrays).cut(order), key, at[order]))
+            except Exception as error:  # whatever odd arrays raise
+                damaged = isinstance(error, Damaged)
+                self._discard(key, str(error) if damaged else f"cannot be read ({first_line(error)})")
+        missing, groups = ~self.done[self.index(name)], []
+        for halfway, key, at in sorted(found, key=lambda one: -one[0].at):
+            self._states[key] = self.index(name), at
+            if (at >= 0).all() and missing[at].all():
+                missing[at] = False
+                for rows in in_groups(np.arange(len(at)), size):
+                    groups.append((at[rows], halfway.cut(rows)))
+        return groups + [(places, None) for places in in_groups(np.flatnonzero(missing), size)]
 
     def index(self, name: str) -> int:
         """A network's place among them."""
@@ -161,12 +185,7 @@ class Store:
         view = View(self.layout)
         view.done = self.done
         for key in read_parts(self.files, view, self._seen):
-            self.discard(key, "is damaged")
-
-    def discard(self, key: str, why: str | Exception) -> None:
-        """Reports a part or a state, and removes it."""
-        log.warning("%s: %s %s; its cells are trained again", self.files.name, key, why)
-        self.files.delete(key)
+            self._discard(key, "is damaged")
 
     def dataset(self) -> xr.Dataset:
         """The results, as far as they are there."""
@@ -179,40 +198,19 @@ class Store:
     def commit(
         self, name: str, places: np.ndarray, cells: Hyperparams, values: Mapping[str, np.ndarray]
     ) -> None:
-        """Stores a part."""
+        """Stores a part: these cells are done. States of cells that are done are removed."""
         self._put(PARTS, name, cells, values, compress=True)
         self.done[self.index(name), places] = True
+        self._drop(lambda model, at: self.done[model, at].all())
 
-    def save_state(self, name: str, cells: Hyperparams, arrays: Mapping[str, np.ndarray]) -> str:
-        """Stores a group half way; returns its key."""
-        return self._put(STATES, name, cells, arrays, compress=False)
-
-    def states(self, name: str) -> list[list]:
-        """[key, places, arrays] of each of a network's groups half way, those furthest first; no damaged ones."""
-        found = []
-        for file in self.files.list(STATES):
-            key, identity = f"{STATES}/{file}", file.rpartition("-")[0]
-            if identity == self.layout.models[name][0] and (data := self.files.get(key)) is not None:
-                try:
-                    _, cells, arrays = unpack(file, data)
-                    found.append((int(arrays["leaf 0"]), key, self.layout.positions(cells), arrays))
-                except (KeyError, TypeError, ValueError) as error:
-                    self.discard(key, error)
-        return [state for _, *state in sorted(found, key=lambda one: -one[0])]
-
-    def change(self, layout: Layout) -> None:
-        """Puts another record in the place of its own."""
-        self._check()
-        history = _history(self.files)
-        self.key = _append(self.files, layout, history, {*history} - {self.key})
-        self.layout, self._record = layout, self.files.get(self.key)
-
-    def replan(self, name: str, asked: Layout) -> None:
-        """Another plan of one network, of which no cell is done; all else stays as it is on record."""
-        old = self.layout
-        models = {**old.models, name: (*asked.models[name], *old.models[name][1:])}
-        attributes = {**old.attributes, "plan": asked.attributes["plan"]}
-        self.change(dataclasses.replace(old, models=models, attributes=attributes))
+    def save_state(
+        self, name: str, places: np.ndarray, cells: Hyperparams, arrays: Mapping[str, np.ndarray]
+    ) -> None:
+        """Stores a group half way, in the place of its states before."""
+        key = self._put(STATES, name, cells, arrays, compress=False)
+        self._states.pop(key, None)  # it may have been there
+        self._drop(lambda model, at: model == self.index(name) and np.isin(at, places).all())
+        self._states[key] = self.index(name), places
 
     def finished(self) -> bool:
         """Whether all is done. Then what it has overwritten, or needs no more, is removed."""
@@ -221,8 +219,6 @@ class Store:
         history = _history(self.files)
         if not self.done.all() or history[-1:] != [self.key] or self.files.get(self.key) != self._record:
             return False
-        if self.layout.overwrites:
-            self.change(dataclasses.replace(self.layout, overwrites=False))
         for key in history[:-1]:  # before its parts, so that a reader looks again
             self.files.delete(key)
         for name in self.files.list(PARTS):
@@ -247,6 +243,15 @@ class Store:
         self.files.create(key, data)
         return key
 
+    def _drop(self, condition):
+        for key in [key for key, state in self._states.items() if condition(*state)]:
+            self.files.delete(key)
+            del self._states[key]
+
+    def _discard(self, key, why):
+        log.warning("%s: %s %s; its cells are trained again", self.files.name, key, why)
+        self.files.delete(key)
+
     def _check(self):
         """Raises OSError if nobody asks for these cells there any more."""
         own = {ids[0] for ids in self.layout.models.values()}
@@ -258,58 +263,56 @@ class Store:
 
 def begin(
     files: Files,
-    ask: Callable[[Iterable[str]], Layout],
+    asked: Callable[[Iterable[str], bool], Layout],
     *,
     overwrite: bool = False,
     allow_changed: Sequence[str] = (),
-    tries: int = READINGS,
 ) -> Store:
     """Opens what stands there if the sweep that is asked for continues it, or begins it.
 
     Args:
       files: where, under `files.writing`.
-      ask: (identities that are there) -> what is asked for, at their widths and segments.
+      asked: (identities that are there, whether it is to begin) -> what is asked for, at their widths and segments.
       overwrite: begin beside what stands there, if that is something else.
       allow_changed: of `CHANGES`.
-      tries: how often, if other runs begin there at the same moment.
 
     Raises:
       ValueError: if something else stands there, and is not to be overwritten.
       Damaged: if a record there is, no part tells that it was of this sweep, and it is not to be overwritten.
     """
     files.make(LOG, PARTS, STATES)
-    there, history = _identities(files), records(files)
-    damaged = [layout for layout in history.values() if isinstance(layout, Damaged)]
-    whole = [key for key, layout in history.items() if isinstance(layout, Layout)]
-    if damaged:
-        bases = [{one.partition(".")[0] for one in several} for several in (ask(()).identities, there)]
-        if not overwrite and not bases[0] >= bases[1]:  # a part of another network would be removed
-            raise damaged[-1]
-        for one in damaged:
-            log.warning("%s; it is written again", one)
-        kept = whole[-1:]
-        layout = dataclasses.replace(ask(there), overwrites=bool(kept))
-    else:
-        stands = [found[0]] if (found := standing(files, history)) else []
-        why = "it was saved at once, or by an earlier version" if export.stands(files) else ""
-        for key in dict.fromkeys(whole[-1:] + stands):
-            layout, why = _continued(history[key], ask, allow_changed)
+    for _ in range(READINGS):
+        history, there = records(files), _identities(files)
+        whole = [key for key, layout in history.items() if isinstance(layout, Layout)]
+        damaged = [layout for layout in history.values() if isinstance(layout, Damaged)]
+        candidates, why = [], ""
+        if damaged:
+            own, others = (
+                {one.partition(".")[0] for one in ids} for ids in (asked((), False).identities, there)
+            )
+            if others - own and not overwrite:  # a part of another network would be removed
+                raise damaged[-1]
+            for one in damaged:
+                log.warning("%s; it is written again", one)
+            stands = whole[-1:]
+        else:
+            stands = [found[0]] if (found := standing(files, history)) else []
+            candidates = [*dict.fromkeys(whole[-1:] + stands)]
+            why = "it was saved at once, or by an earlier version" * export.stands(files)
+        for key in candidates:
+            layout, why = _continued(history[key], asked, allow_changed)
             if layout is history[key]:
                 return Store(files, key)
             if layout is not None:
-                layout = dataclasses.replace(layout, overwrites=key not in stands)
+                stands = [] if key in stands else stands
                 break
         else:
             if why and not overwrite:
                 raise ValueError(f"{files.name} holds other results: {why}")
-            layout = dataclasses.replace(ask(there), overwrites=bool(why))
-        kept = stands if layout.overwrites else []
-    try:
-        return Store(files, _append(files, layout, history, kept))
-    except RuntimeError:
-        if tries == 0:
-            raise
-        return begin(files, ask, overwrite=overwrite, allow_changed=allow_changed, tries=tries - 1)
+            layout = asked(there, True)
+        if key := _append(files, layout, history, stands):
+            return Store(files, key)
+    raise RuntimeError(f"{files.name}: other runs begin there all the time")
 
 
 def _identities(files):
@@ -324,54 +327,57 @@ def _history(files):
 
 
 def _append(files, layout, history, kept):
-    """Adds a record to these, and removes them but those that are kept. Returns its key."""
+    """Adds a record to these, and removes them but those that are kept. Returns its key; None if another run did so."""
     key = f"{LOG}/{int([*history][-1].rpartition('/')[2]) + 1 if history else 1:08d}"
     if not files.create(key, layout.to_bytes()):
-        raise RuntimeError(f"{files.name}: another run began there at this moment: give the command again")
+        return None
     for old in {*history} - {*kept}:
         files.delete(old)
     return key
 
 
-def _continued(stored, ask, allow_changed) -> tuple[Layout | None, str]:
+def _continued(stored, asked, allow_changed) -> tuple[Layout | None, str]:
     """What goes on from the stored record, the record itself if it says all; or None, and why nothing does."""
-    asked = ask([identity for ids in stored.models.values() for identity in ids])
-    own = {ids[0]: name for name, ids in stored.models.items()}
-    names = {  # as they are called there
-        name: name if stored.models.get(name, ("",))[0] == ids[0] else own.get(ids[0], name)
-        for name, ids in asked.models.items()
-    }
-    old, new, changed = stored.attributes, asked.attributes, {}
-    if any(ids[0] != stored.models.get(names[name], ids)[0] for name, ids in asked.models.items()):
-        changed = {name: differences(compared(old, name), compared(new, name), name) for name in CHANGES}
-        changed = {name: lines for name, lines in changed.items() if lines}
-        both = [{name: ids[0] for name, ids in layout.models.items()} for layout in (stored, asked)]
+    bases = {name: ids[0].partition(".")[0] for name, ids in asked((), False).models.items()}
+    called, there = (
+        {},
+        [],
+    )  # {name there: name now}; the networks' identities at the widths and segments there
+    for name, (own, *_) in stored.models.items():
+        base, _, planned = own.partition(".")
+        same = [now for now in (name, *bases) if bases.get(now) == base]
+        called[name] = [*same, name][0]
+        there.append(f"{bases.get(called[name], base)}.{planned}")
+    new = asked(there, False)
+    changed = {}
+    if any(new.models.get(called[name], ids)[0] != ids[0] for name, ids in stored.models.items()):
+        for name in CHANGES:
+            pair = (compared(layout.attributes, name) for layout in (stored, new))
+            changed |= {name: lines} if (lines := differences(*pair, name)) else {}
+        both = ({name: ids[0] for name, ids in layout.models.items()} for layout in (stored, new))
         changed = changed or {"models": differences(*both, "computes")}
     lines = [line for name in changed if name not in allow_changed for line in changed[name]]
-    frame = differences(*(_frame(layout) for layout in (stored, asked)), "layout")
-    cells, kept = grid.cells(stored.axes, stored.hyper), {*names.values()} & {*stored.models}
-    lost = (len(stored.models) - len(kept)) * len(cells.seed) + len(kept) * int(
-        (asked.positions(cells) < 0).sum()
-    )
-    if lost:
-        frame = [*frame, f"{lost} of the cells there are not among those asked for"]
+    frame = differences(_frame(stored), _frame(new), "layout")
+    cells = grid.cells(stored.axes, stored.hyper)
+    outside = int((new.positions(cells) < 0).sum())
+    if lost := sum(outside if one in new.models else len(cells.seed) for one in called.values()):
+        frame.append(f"{lost} of the cells there are not among those asked for")
     if lines or frame:
         advice = ", or overwrite" if frame else f", overwrite, or allow_changed={','.join(changed)}"
         return None, f"{'; '.join(lines + frame)}. Choose another place{advice}"
-    models = {
-        n: tuple(dict.fromkeys(ids + stored.models.get(names[n], ()))) for n, ids in asked.models.items()
-    }
-    asked = dataclasses.replace(asked, models=models, overwrites=stored.overwrites)
+    new, before = asked(there, True), {}
+    for name, ids in stored.models.items():
+        before[called[name]] = before.get(called[name], ()) + ids
+    models = {name: tuple(dict.fromkeys(ids + before.get(name, ()))) for name, ids in new.models.items()}
+    new = dataclasses.replace(new, models=models)
     if (
-        dataclasses.replace(asked, attributes=old).to_bytes() == stored.to_bytes()
-        and old["hyper"] == new["hyper"]
+        dataclasses.replace(new, attributes=stored.attributes).to_bytes() == stored.to_bytes()
+        and stored.attributes["hyper"] == new.attributes["hyper"]
     ):
         return stored, ""
-    changes = [
-        *old.get("changes", []),
-        *[[line for name in changed for line in changed[name]]] * bool(changed),
-    ]
-    return dataclasses.replace(asked, attributes=new | ({"changes": changes} if changes else {})), ""
+    now = [line for several in changed.values() for line in several]
+    changes = [*stored.attributes.get("changes", []), *[now] * bool(now)]
+    return dataclasses.replace(new, attributes=new.attributes | ({"changes": changes} if changes else {})), ""
 
 
 def _frame(layout):
@@ -461,7 +467,4 @@ def status(path: PathLike) -> Status:
     view = View(layout)
     damaged = read_parts(files, view, set())
     cells = {name: (int(view.done[i].sum()), view.done.shape[1]) for i, name in enumerate(layout.models)}
-    note, there = files.writer()
-    last = f"; last written by {in_words(note)}" if note else ""
-    writer = f"{in_words(note)} is writing there" if there else f"nobody on this host is writing there{last}"
-    return Status(files.name, cells, damaged, len(files.list(STATES)), writer)
+    return Status(files.name, cells, damaged, len(files.list(STATES)), files.writer())

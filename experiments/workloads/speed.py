@@ -171,4 +171,5 @@ def machine() -> str:
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
     except (ValueError, OSError, AttributeError):
         memory = ""
-    return f"{provenance.processor()} ({provenance.isa()}), {count} core{'s' if count > 1 else ''}{memory}"
+    name = provenance.processor().get("model name", "processor")
+    return f"{name} ({provenance.isa()}), {count} core{'s' if count > 1 else ''}{memory}"
