@@ -6,6 +6,7 @@
 import json
 import logging
 import math
+import os
 import shutil
 import uuid
 import warnings
@@ -81,6 +82,7 @@ def replace(new: Path, path: Path) -> None:
 
 def aside(path: Path) -> Path:
     """Where the results at `path` are until others are in their place; `place_of` finds them there."""
+    path = Path(os.path.realpath(path))  # a link is followed, as by `save`; one to itself is not
     return path.with_name(f".{path.name}.replaced")
 
 

@@ -351,13 +351,7 @@ def _evaluate(model, params, batch_stats, x, y):
 
 
 def check(model: Model, ds: Dataset, config: TrainConfig) -> None:
-    """Raises ValueError if the data does not fit itself, the batch size or the network's outputs.
-
-    Args:
-      model: the network.
-      ds: concrete arrays.
-      config: for the batch size.
-    """
+    """Raises ValueError if the data does not fit itself, the batch size or the network's outputs."""
     _check_shapes(ds, config)
     for split in ("train", "test"):
         dtype = getattr(ds, f"{split}_x").dtype

@@ -67,8 +67,7 @@ class LayersFn(Protocol):
 class Model(NamedTuple):
     """A network as a value. `init` and `apply` are all that training needs.
 
-    Two models with equal `config` count as the same network in stored results (closures cannot be
-    compared), so `config` should hold whatever tells this network from another.
+    Stored results know a network by what it computes; `config`, which JSON must hold, says in words what it is.
     """
 
     init: InitFn

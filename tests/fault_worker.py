@@ -67,7 +67,7 @@ def watch(step, setattr=setattr):
     watched(os, "pwrite", lambda *_: "lock", lambda file, data, at: (file, data[: len(data) // 2], at))
     for owner, names in {
         os: ("link", "truncate"),
-        Path: ("mkdir", "replace", "unlink"),
+        Path: ("mkdir", "rename", "replace", "unlink"),
         shutil: ["rmtree"],
     }.items():
         for name in names:

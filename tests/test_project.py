@@ -119,6 +119,10 @@ def test_requirements_are_the_dependencies_and_extras():
     assert sorted(listed) == sorted(d for d in declared if not d.startswith("bnjax["))
 
 
+def test_the_citation_is_of_this_version():
+    assert f"version: {bnjax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_its_data_and_nothing_else(tmp_path):
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "results", "__pycache__")

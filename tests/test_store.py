@@ -400,6 +400,40 @@ class TestOverwrite:
             sweep.refused(words, overwrite=overwrite)
             assert [p for p in sweep.path.parent.rglob("*") if p.is_file()] == [other]
 
+    def test_what_stands_is_extended_beside_what_was_abandoned(self, sweep, monkeypatch):
+        """And dies when it has removed one of the two records."""
+        first, delete = sweep(FEW), files.Folder.delete
+        assert sweep.killed(1, FEW, OTHER, method="save_state", checkpoint_minutes=0, overwrite=True)
+
+        def dying(*args):
+            delete(*args)
+            raise Died
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.Folder, "delete", dying)
+            with pytest.raises(Died):
+                sweep(MORE)
+        assert len(sweep.kept("log")) == 2
+        xr.testing.assert_identical(sweep.load(), first)
+        sweep.right(MORE)
+
+    def test_what_is_unfinished_is_finished_though_something_else_was_begun(self, sweep):
+        assert sweep.killed(1, SIX)
+        assert sweep.killed(1, FEW, OTHER, method="save_state", checkpoint_minutes=0, overwrite=True)
+        found = sweep.right(SIX)
+        xr.testing.assert_identical(sweep.opened(), found)
+        assert (len(sweep.kept("log")), sweep.kept("states")) == (1, [])
+
+    def test_saved_results_are_not_back_when_what_overwrote_them_is_extended(self, sweep, monkeypatch):
+        """After it died between its last part and its export."""
+        bnjax.save_results(sweep(FEW, path=None), sweep.path)
+        whole = store.Store.finished
+        monkeypatch.setattr(store.Store, "finished", lambda self: False)
+        sweep(FEW, OTHER, overwrite=True)
+        monkeypatch.setattr(store.Store, "finished", whole)
+        assert sweep.killed(1, MORE, OTHER, method="save_state", checkpoint_minutes=0)
+        assert sweep.load().done.values.tolist() == [False, True, True]
+
     def test_what_was_put_aside_is_not_forgotten(self, sweep):
         """By a `save_results` that was cut off between its two renames."""
         first = sweep(FEW)
@@ -432,13 +466,13 @@ class TestExport:
         sweep.right(axes, export=False)
         assert os.listdir(sweep.path) == ["bnjax"]
 
-    @pytest.mark.filterwarnings("ignore:Object at .* is not recognized")
     def test_left_out_and_asked_for_again(self, sweep, caplog):
         for export in (True, False, True):
             sweep(FEW, export=export)
         xr.testing.assert_identical(sweep.opened(), sweep.load())
         assert caplog.messages == []
 
+    @pytest.mark.filterwarnings("ignore:Object at .* is not recognized")
     def test_is_nothing_that_results_rest_on(self, sweep):
         found = sweep(FEW)
         shutil.rmtree(sweep.path / "test_loss")
@@ -744,6 +778,39 @@ def test_two_names_of_one_network_are_continued(sweep):
     xr.testing.assert_identical(sweep({"seed": range(2)}, {"a": MODEL, "b": MODEL}, probe=None), first)
 
 
+def test_what_a_record_knows_is_not_lost_with_a_damaged_one_beside_it(sweep):
+    """The cells of a second identity, and what was changed."""
+    sweep(FEW, probe=None)
+    other = bnjax.TrainConfig(steps=4, batch_size=32, eval_every=2, data_seed=1)
+    first = sweep(FEW, config=other, allow_changed=["config"])
+    record = max((sweep.path / store.LOG).iterdir())
+    record.with_name("00000099").write_bytes(b"damaged")
+    sweep.trained.clear()
+    xr.testing.assert_identical(sweep(FEW, config=other), first)
+    assert sweep.trained == []
+    xr.testing.assert_identical(sweep.load(), first)
+
+
+def test_a_network_that_takes_no_two_examples_in_training(sweep):
+    """As one that normalizes groups of 16."""
+
+    def apply(params, batch_stats, x, *, train):
+        x = x.reshape(-1, 16, x.shape[-1]) if train else x[None]
+        x = bnjax.batch_norm.normalize(x.reshape(-1, x.shape[-1])).reshape(x.shape)
+        return x.reshape(-1, x.shape[-1]) @ params, batch_stats
+
+    ghost = bnjax.Model(lambda key, shape, scale: (jax.random.normal(key, (*shape, 4)) * scale, ()), apply)
+    assert "done" not in sweep(FEW, ghost)
+
+
+def test_a_width_that_does_not_fit_is_not_recorded(sweep, monkeypatch):
+    first = sweep(FEW)
+    monkeypatch.setattr(program, "memory_needed", lambda trainer: 2**50 if trainer.plan.width > 2 else 0)
+    with pytest.raises(MemoryError, match="width 8 on"):
+        sweep(MORE, width=8, allow_changed=["plan"])
+    xr.testing.assert_identical(sweep(FEW), first)
+
+
 def test_a_width_that_was_changed_is_kept(sweep):
     sweep({"seed": range(2)}, width=2, probe=None)
     changed = sweep({"seed": range(4)}, width=4, allow_changed=["plan"], probe=None)
@@ -761,7 +828,11 @@ def test_a_width_that_was_asked_for_is_kept_when_something_else_changes(sweep):
 
 @pytest.mark.parametrize(
     ("about", "words"),
-    [({"plan": 1, "mine": 2}, r"must not have \['plan'\]"), ({"mine": {1}}, "what JSON holds: .* set")],
+    [
+        ({"data": 3}, "what JSON holds"),
+        ({"plan": 1, "mine": 2}, r"must not have \['plan'\]"),
+        ({"mine": {1}}, "what JSON holds: .* set"),
+    ],
 )
 def test_odd_attributes_are_refused(sweep, about, words):
     sweep.refused(words, about=about)
@@ -781,6 +852,23 @@ def test_states_are_saved_by_the_time_that_the_devices_take(sweep, monkeypatch):
     monkeypatch.setattr(store.Store, "save_state", lambda *args: states.append(clock[0]) or whole(*args))
     sweep({"seed": range(4)}, segment=1, checkpoint_minutes=2, probe=None)
     assert states == [120.0]
+
+
+def test_a_larger_grid_that_has_begun_in_its_place_is_left_alone(sweep, monkeypatch):
+    """At a run's last step, and in a record of the same name."""
+    whole, states = store.Store.finished, []
+
+    def late(self):
+        monkeypatch.setattr(store.Store, "finished", whole)
+        shutil.rmtree(sweep.path)
+        assert sweep.killed(1, MORE, method="save_state", checkpoint_minutes=0)
+        states.extend(sweep.kept("states"))
+        return whole(self)
+
+    monkeypatch.setattr(store.Store, "finished", late)
+    assert "done" not in sweep(FEW)
+    assert sweep.kept("states") == states != []
+    assert sweep.load().seed.values.tolist() == [3, 2, 1]
 
 
 def test_a_store_of_zarr_is_not_overwritten_silently(tmp_path):

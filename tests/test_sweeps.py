@@ -298,7 +298,7 @@ class TestStore:
             bnjax.load_results(tmp_path / "r.zarr")
 
     def test_a_config_that_json_cannot_hold(self, blobs):
-        with pytest.raises(ValueError, match="must be what JSON holds: .* not JSON serializable"):
+        with pytest.raises(ValueError, match=r"must be what JSON holds: .* not JSON serializable"):
             sweep(blobs, {"seed": [0]}, MODEL._replace(config={"f": print}))
 
 

@@ -36,10 +36,6 @@ def check_value(name: str, value: Any) -> None:
 def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
     """The axes as arrays, after checking them and the values of what is not swept.
 
-    Args:
-      axes: {name of a field of `Hyperparams`: its values}, in the order of the result's dimensions.
-      hyper: the values of everything that is not swept.
-
     Raises:
       ValueError: for an unknown axis, an axis that is empty or has equal values (in the precision of the
         compiled program), or a value out of range.
@@ -66,15 +62,7 @@ def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
 
 
 def cells(axes: Mapping[str, np.ndarray], hyper: Hyperparams) -> Hyperparams:
-    """One entry per cell, the last axis fastest; what is no axis keeps its value in `hyper`.
-
-    Args:
-      axes: from `check`.
-      hyper: the values of everything that is not swept.
-
-    Returns:
-      `Hyperparams` with an array [cells] in each field.
-    """
+    """One entry per cell, [cells] in each field, the last axis fastest; what is no axis keeps its value in `hyper`."""
     shape = tuple(len(values) for values in axes.values())
     mesh = dict(zip(axes, np.meshgrid(*axes.values(), indexing="ij"), strict=True))
     return Hyperparams(
@@ -86,13 +74,7 @@ def cells(axes: Mapping[str, np.ndarray], hyper: Hyperparams) -> Hyperparams:
 
 
 def positions(axes: Mapping[str, np.ndarray], hyper: Hyperparams, wanted: Hyperparams) -> np.ndarray:
-    """Where cells are in the order of `cells`, [wanted]; -1 for those that the grid does not have.
-
-    Args:
-      axes: from `check`.
-      hyper: the values of everything that is not swept.
-      wanted: cells in the precision of the compiled program, an array in each field.
-    """
+    """Where cells (in the precision of the compiled program) are in the order of `cells`; -1: nowhere. [wanted]."""
     place, inside = np.zeros(len(wanted.seed), np.int64), np.ones(len(wanted.seed), bool)
     for name in [*axes, *(set(Hyperparams._fields) - {*axes})]:
         used = np.atleast_1d(axes.get(name, getattr(hyper, name))).astype(DTYPES[name])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from bnjax.training import TrainConfig
 from bnjax.types import Dataset, Model
@@ -59,21 +58,17 @@ def make_plan(
     segment: int | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Plan:
-    """Chooses the width and the segment by the size of the network's parameters.
+    """Chooses the width and the segment, unless they are given, by the size of the network's parameters.
 
-    Args:
-      model: the network.
-      ds: the data, for its input shape.
-      config: what is the same for all cells.
-      width: to be used instead of the chosen one, as is `segment`; ValueError if one is below 1.
-      segment: see there.
-      devices: default: all local devices.
+    Raises:
+      ValueError: if one that is given is below 1.
     """
     devices = tuple(devices or jax.local_devices())
     for name, value in {"width": width, "segment": segment}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    size, num_bytes, convolves = _size(model.init, model.apply, ds.train_x.shape[1:])
+    x = jax.ShapeDtypeStruct((2, *ds.train_x.shape[1:]), ds.train_x.dtype)
+    size, num_bytes, convolves = _size(model.init, model.apply, x)
     cpu = devices[0].platform == "cpu"
     if width is None:
         memory, most = (CPU_CACHE_BYTES, CPU_MAX_WIDTH) if cpu else (ACCELERATOR_BYTES, ACCELERATOR_MAX_WIDTH)
@@ -87,14 +82,13 @@ def make_plan(
 
 
 @functools.lru_cache(maxsize=16)
-def _size(init, apply, input_shape):
+def _size(init, apply, x):
     """The number of parameters, their bytes, and whether there are convolutions."""
 
     def outputs(x):
-        params, batch_stats = init(jax.random.key(0), input_shape, 1.0)
-        return params, apply(params, batch_stats, x, train=True)
+        params, batch_stats = init(jax.random.key(0), x.shape[1:], 1.0)
+        return params, apply(params, batch_stats, x, train=False)
 
-    x = jax.ShapeDtypeStruct((2, *input_shape), jnp.float32)
     program, (params, _) = jax.make_jaxpr(outputs, return_shape=True)(x)
     leaves = [(math.prod(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(params)]
     size, num_bytes = sum(n for n, _ in leaves), sum(n * itemsize for n, itemsize in leaves)
@@ -102,12 +96,12 @@ def _size(init, apply, input_shape):
 
 
 def fitting(plan: Plan, needed: Callable[[Plan], int], *, may_change: bool) -> Plan:
-    """The plan, or the widest narrower one whose program fits into the devices' memory, by the compiler's own count.
+    """The plan, or the widest narrower one whose program fits into the devices' memory.
 
-    Args:
-      plan: what is meant to run.
-      needed: bytes on all devices together that the program of a plan takes.
-      may_change: whether a narrower width may be taken. MemoryError if not, or if none fits.
+    `needed` gives the bytes on all devices together, by the compiler's own count.
+
+    Raises:
+      MemoryError: if none fits, or a narrower one would and the width must not change.
     """
     available = _memory(plan.devices)
     while True:

@@ -39,7 +39,7 @@ class Programs(NamedTuple):
     """What `compiled` returns."""
 
     start: Callable[[Hyperparams, Dataset], RunState]
-    measure: Callable[[Hyperparams, RunState, Dataset], dict[str, jax.Array]] | None  # before the first step
+    measure: Callable[[RunState, Hyperparams, Dataset], dict[str, jax.Array]] | None  # before the first step
     advance: Callable[..., tuple[RunState, Recorded | None]]
     replicated: NamedSharding  # where the data belongs
     split: NamedSharding  # where the cells belong
@@ -53,51 +53,40 @@ def compiled(
     mesh = Mesh(np.asarray(devices), ("cells",))
     split, same = PartitionSpec("cells"), PartitionSpec()
     options = CPU_COMPILER_OPTIONS if devices[0].platform == "cpu" else None
-    compile_ = functools.partial(jax.jit, compiler_options=options)
 
-    def spread(function, *specs):
-        """function(run, *args) of one cell, for [cells]: those of each device vmapped there. Specs: split, or same."""
+    def compile_(part, *specs, static=(), donate=()):
+        """That part of `Run` for [cells]: those of each device vmapped there. Specs: split, or same."""
         axes = [0 if spec == split else None for spec in specs]
 
-        def group(*args):
-            several = args[0].seed.shape[0] > 1
-            run = make_run(Model(init, apply), config, probe, AXIS if several else None)
-            call = functools.partial(function, run)
-            if several:
-                return jax.vmap(call, in_axes=axes, axis_name=AXIS)(*args)
-            # XLA's CPU reductions are some 30 times slower beside an axis of size 1.
-            one = [
-                jax.tree.map(lambda v: v[0], a) if axis == 0 else a
-                for a, axis in zip(args, axes, strict=True)
-            ]
-            return jax.tree.map(lambda v: v[None], call(*one))
+        def program(*args):
+            def on_one_device(*cells):
+                several = jax.tree.leaves(cells[0])[0].shape[0] > 1
+                run = make_run(Model(init, apply), config, probe, AXIS if several else None)
 
-        # Cells never communicate between devices: there is nothing to check.
-        return jax.shard_map(group, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+                def call(*one):
+                    return getattr(run, part)(*one, *args[len(specs) :])
 
-    # The data is an argument: closed over, it would become part of the program's text.
-    @compile_
-    def start(hyper, ds):
-        return spread(lambda run, hyper, ds: run.start(hyper, ds), split, same)(hyper, ds)
+                if several:
+                    return jax.vmap(call, in_axes=axes, axis_name=AXIS)(*cells)
+                # XLA's CPU reductions are some 30 times slower beside an axis of size 1.
+                one = (
+                    jax.tree.map(lambda v: v[0], a) if axis == 0 else a
+                    for a, axis in zip(cells, axes, strict=True)
+                )
+                return jax.tree.map(lambda v: v[None], call(*one))
 
-    # A program of its own: as a part of `start` it would change the last bits of some weights.
-    @compile_
-    def measure(hyper, state, ds):
-        return spread(lambda run, h, state, ds: run.measure(state, h, ds), split, split, same)(
-            hyper, state, ds
-        )
+            # Cells never communicate between devices: there is nothing to check.
+            spread = jax.shard_map(on_one_device, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+            return spread(*args[: len(specs)])
 
-    @functools.partial(compile_, static_argnums=(4, 5), donate_argnums=(0,))
-    def advance(state, hyper, ds, first, steps, evaluations):
-        def piece(run, hyper, state, ds, first):
-            return run.advance(state, hyper, ds, first, steps, evaluations)
+        return jax.jit(program, compiler_options=options, static_argnums=static, donate_argnums=donate)
 
-        return spread(piece, split, split, same, same)(hyper, state, ds, first)
-
+    # The data is an argument: closed over, it would become part of the program's text. What is measured at the start
+    # is a program of its own: as a part of `start` it would change the last bits of some weights.
     return Programs(
-        start,
-        None if probe is None else measure,
-        advance,
+        compile_("start", split, same),
+        None if probe is None else compile_("measure", split, split, same),
+        compile_("advance", split, split, same, same, static=(4, 5), donate=0),
         NamedSharding(mesh, same),
         NamedSharding(mesh, split),
     )
@@ -165,12 +154,7 @@ def _memory_needed(trainer):
 
 
 def run_group(trainer: Trainer, cells: Hyperparams, halfway: Halfway | None = None) -> Iterator[Halfway]:
-    """Trains at most `plan.group` cells, piece by piece.
-
-    Args:
-      trainer: of their network.
-      cells: an array [cells] in each field. Fewer than the group are padded to it.
-      halfway: of these cells, to go on from.
+    """Trains at most `plan.group` cells (fewer are padded to it), from their start or from half way.
 
     Yields:
       The group after each piece. The devices may still be working at it; once the next is asked for, its state is gone.
@@ -183,7 +167,7 @@ def run_group(trainer: Trainer, cells: Hyperparams, halfway: Halfway | None = No
     programs, ds, hyper = trainer.programs, trainer.ds, jax.tree.map(padded, cells)
     if halfway is None:
         state = programs.start(hyper, ds)
-        halfway = Halfway(0, state, programs.measure(hyper, state, ds) if programs.measure else {}, [])
+        halfway = Halfway(0, state, programs.measure(state, hyper, ds) if programs.measure else {}, [])
     else:
         halfway = jax.tree.map(padded, halfway)
     for first, steps, evaluations in trainer.pieces[int(halfway.at) :]:
@@ -231,7 +215,7 @@ def _shapes(trainer):
     """(cells, state, what the probe measured at the start) of a group."""
     cells = Hyperparams(*(np.zeros(trainer.plan.group, dtype) for dtype in DTYPES.values()))
     state, measure = trainer.programs.start.eval_shape(cells, trainer.ds), trainer.programs.measure
-    return cells, state, measure.eval_shape(cells, state, trainer.ds) if measure else {}
+    return cells, state, measure.eval_shape(state, cells, trainer.ds) if measure else {}
 
 
 def in_groups(places: np.ndarray, size: int) -> list[np.ndarray]:

@@ -32,19 +32,10 @@ def describe(
     data: str,
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a sweep computes, and with what, as JSON holds it.
-
-    Args:
-      models: {name: network}.
-      config: what is the same for all cells.
-      axes: the names of what is swept.
-      hyper: the values of what is not.
-      device: one of those that it runs on.
-      data: its `fingerprint`.
-      about: further attributes; what is under "data" there joins the fingerprint.
+    """What a sweep computes, on data of that `fingerprint`, and with what; `about`: further attributes, as of `sweep`.
 
     Raises:
-      ValueError: if `about` has a name that is taken, or something that JSON does not hold; as a model's config may.
+      ValueError: if `about` has a name that is taken, or it or a network's config has what JSON does not hold.
     """
     found = {
         "models": {name: dict(model.config) for name, model in models.items()},
@@ -55,10 +46,10 @@ def describe(
     }
     if taken := {*found, "plan", "identity", "changes"} & {*about}:
         raise ValueError(f"about must not have {sorted(taken)}, which results have anyway")
-    found |= dict(about) | {"data": {"fingerprint": data} | dict(about.get("data", {}))}
     try:
+        found |= dict(about) | {"data": {"fingerprint": data} | dict(about.get("data", {}))}
         return json.loads(json.dumps(found))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"about and the networks' config must be what JSON holds: {error}") from None
 
 

@@ -7,6 +7,8 @@ then the same sweep, called again, trains what is missing. Processes of one `jax
 import collections
 import contextlib
 import functools
+import itertools
+import json
 import logging
 import math
 import time
@@ -16,7 +18,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 import xarray as xr
-from jax.experimental import multihost_utils
+from jax._src import distributed  # for its key-value store, as other libraries do; nothing public has it
 
 from bnjax import choices, compilation, probes
 from bnjax import export as plain
@@ -42,6 +44,8 @@ LONG_NAMES = {
 }
 DTYPES = {"diverged": "bool", "diverged_step": "int32"}  # of the History; others: float32
 GROUPS = 64  # calls of the compiled program that are committed together, at most
+A_YEAR = 365 * 24 * 3600 * 1000  # in milliseconds
+_calls = itertools.count()  # of `_together`: the same in all processes of a job
 
 
 def sweep(
@@ -152,8 +156,9 @@ def sweep(
         for name, one in trainers.items():
             w, s = stored.get(bases[name], (one.plan.width, one.plan.segment))
             found[name] = one.plan._replace(width=width or w, segment=min(segment or s, config.steps))
-            if fit and bases[name] not in stored:
-                found[name] = one.fitted(may_change=width is None).plan
+            if fit and stored.get(bases[name]) != (found[name].width, found[name].segment):
+                may_change = width is None and bases[name] not in stored
+                found[name] = one._replace(plan=found[name]).fitted(may_change=may_change).plan
         ids = {name: (f"{bases[name]}.{plan.width}.{plan.segment}",) for name, plan in found.items()}
         planned = attributes | {"plan": {name: plan.as_dict() for name, plan in found.items()}}
         return Layout(ids, isinstance(model, Mapping), coords, further, variables, planned)
@@ -161,37 +166,48 @@ def sweep(
     seconds = 60.0 * checkpoint_minutes if path is not None else math.inf
     index, count = jax.process_index(), jax.process_count()
     with contextlib.ExitStack() as stack:
-        results = _together(
-            lambda: _opened(stack, path, asked, overwrite, allow_changed) if index == 0 else None
-        )
-        if count > 1:
-            results = _together(lambda: _joined(results, path, bases))
-            # Another host may be writing there, too, and the shares must be of one whole.
-            results.done = multihost_utils.broadcast_one_to_all(results.done.astype(np.uint8)).astype(bool)
+
+        def opened():
+            if index > 0:
+                return None, ""
+            results = _opened(stack, path, asked, overwrite, allow_changed)
+            return results, f"{results.key} {np.packbits(results.done).tobytes().hex()}"
+
+        results, (shown, *_) = _together(opened)
+        results, _ = _together(lambda: (results or _joined(path, bases, *shown.split(" ")), ""))
         for name, (identity, *_) in results.layout.models.items():
             _, w, s = identity.split(".")
             trainers[name] = trainers[name]._replace(plan=plans[name]._replace(width=int(w), segment=int(s)))
 
         def share(name, trainer):
-            read = functools.partial(program.unpacked, trainer)
-            return results.missing(name, trainer.plan.group, read)[index::count]
-
-        todo = _together(lambda: {name: share(name, one) for name, one in trainers.items()})
-        left = sum(len(places) for groups in todo.values() for places, _ in groups)
-        total = results.done.size if count == 1 else left  # of several processes each shows its share
+            """In groups: of the missing cells every n-th block of a width, which is the same in all processes."""
+            places, read = np.flatnonzero(~results.done[results.index(name)]), program.unpacked
+            places = places[np.arange(len(places)) // trainer.plan.width % count == index]
+            return results.groups(name, places, trainer.plan.group, functools.partial(read, trainer))
 
         def train():
-            cells = grid.cells(coords, hyper)
+            cells = grid.cells(results.layout.axes, results.layout.hyper)
+            todo = {name: share(name, trainer) for name, trainer in trainers.items()}
+            left = sum(len(places) for groups in todo.values() for places, _ in groups)
+            total = results.done.size if count == 1 else left  # of several processes each shows its share
             with Progress(total, done=total - left, enabled=progress and left > 0) as bar:
                 for name in [name for name, groups in todo.items() if groups]:
                     trainer = trainers[name].fitted(may_change=False)
                     _train(results, name, trainer, cells, todo[name], seconds, bar.count)
+            return None, ""
 
         _together(train)
-        whole = index == 0 and results.finished()
-        found = results.dataset()
-        if whole and path is not None:
-            results.write_export(found if export else None)
+        found, until = results.dataset(), time.monotonic() + 60 * (count > 1)
+        while (
+            "done" in found and time.monotonic() < until
+        ):  # network file systems may show others' files late
+            time.sleep(0.5)
+            found = results.dataset()
+        if index == 0 and results.finished() and path is not None:
+            if export:
+                plain.write(found, results.files)
+            else:
+                plain.remove(results.files)
         return found
 
 
@@ -208,53 +224,50 @@ def _opened(stack, path, asked, overwrite, allow_changed) -> store.Store:
     return results
 
 
-def _joined(results, path, bases) -> store.Store:
-    """The results that process 0 has opened, in each process of the job."""
-    number = int(results.key.rpartition("/")[2]) if results else 0
-    number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
-    results = results or store.Store(files_at(path), f"{store.LOG}/{number:08d}")
-    own = {name: ids[0].partition(".")[0] for name, ids in results.layout.models.items()}
-    if own != bases:
+def _joined(path, bases, key, done) -> store.Store:
+    """The results that process 0 has opened, with what was done then: all share that."""
+    results = store.Store(files_at(path), key)
+    if bases != {name: ids[0].partition(".")[0] for name, ids in results.layout.models.items()}:
         raise ValueError(
-            "the processes of a job must have the same networks, data, configuration, code and kind of device; "
+            "the processes of a job must have the same networks, data, configuration, code and kind of processor; "
             f"process {jax.process_index()} has others than process 0"
         )
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(done), np.uint8), count=results.done.size)
+    results.done = bits.astype(bool).reshape(results.done.shape)
     return results
 
 
-def _together(function: Callable[[], Value]) -> Value:
-    """Calls it in each process of the job, and waits for all; an error in one is an error in all."""
+def _together(function: Callable[[], tuple[Value, str]]) -> tuple[Value, list[str]]:
+    """Calls it in each process of the job. Returns its value here, and its texts of all, when all have called it.
+
+    An error in one is an error in all, then. Not by a collective operation, which gives up on a process that is half
+    an hour behind.
+    """
     if jax.process_count() == 1:
-        return function()
-    result = error = None
+        value, text = function()
+        return value, [text]
+    value, text, error, index, call = None, "", None, jax.process_index(), next(_calls)
     try:
-        result = function()
+        value, text = function()
     except Exception as raised:
         error = raised
-        log.error("process %d: %s (the others are waited for)", jax.process_index(), plain.first_line(error))
-    failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(error is not None)))
-    if error is not None:
-        raise error
-    if failed.size:
-        raise RuntimeError(
-            f"process {failed[0]} of {jax.process_count()} failed, and says why; what is stored stays"
-        )
-    return result
+        log.error("process %d: %s (the others are waited for)", index, plain.first_line(error))
+    failed = f"process {index} failed: {plain.first_line(error)}; what is stored stays" if error else ""
+    client = distributed.global_state.client
+    client.key_value_set(f"bnjax/{call}/{index}", json.dumps([text, failed]))
+    found = [client.blocking_key_value_get(f"bnjax/{call}/{i}", A_YEAR) for i in range(jax.process_count())]
+    texts, failures = zip(*map(json.loads, found), strict=True)
+    if error or any(failures):
+        raise error or RuntimeError(next(filter(None, failures)))
+    return value, list(texts)
 
 
 def _train(results, name, trainer, cells, groups, seconds, tick) -> None:
-    """Trains groups of cells of one network, from where they are half way, and commits them.
+    """Trains `groups` of all the cells, from where they are half way, and commits them every so many seconds.
 
-    Args:
-      results: where to.
-      name: of the network.
-      trainer: its.
-      cells: all cells of the grid, [cells] in each field.
-      groups: what to train, from `Store.missing`.
-      seconds: between two commits, at most.
-      tick: called with the name and the numbers of cells that are done, and of those that diverged.
+    `tick` is told the network's name, and the numbers of cells that are done and of those that diverged.
     """
-    pending, begun, last = [], collections.deque(), time.monotonic()
+    pending, begun, last, pieces = [], collections.deque(), time.monotonic(), len(trainer.pieces)
 
     def commit():
         nonlocal last
@@ -275,7 +288,7 @@ def _train(results, name, trainer, cells, groups, seconds, tick) -> None:
     for places, halfway in groups:
         group = _of(cells, places)
         for found in program.run_group(trainer, group, halfway):
-            if seconds == math.inf or found.at == len(trainer.pieces):
+            if seconds == math.inf or found.at == pieces:
                 continue
             jax.block_until_ready(found.state.diverged_step)  # else the clock would be ahead of the devices
             if time.monotonic() - last >= seconds:
@@ -311,7 +324,14 @@ def _variables(probe, models, ds, config, coords):
     }
     further = {"step": np.asarray(config.eval_steps)}
     taken = {*variables, *coords, "model", "step", "probe_step", "layer", "done"}
-    measured = [one and (one.layers, probes.shapes(one, models[n], ds)) for n, one in probe_of.items()]
+    measured = [
+        one
+        and (
+            one.layers,
+            {q: (v.shape, v.dtype.name) for q, v in probes.shapes(one, models[name], ds).items()},
+        )
+        for name, one in probe_of.items()
+    ]
     if any(other != measured[0] for other in measured):
         raise ValueError(
             f"all models' probes must measure the same quantities in the same layers, got {measured}"
@@ -320,11 +340,10 @@ def _variables(probe, models, ds, config, coords):
         layers, quantities = measured[0]
         further["probe_step"] = np.asarray((0, *config.eval_steps))
         further |= {"layer": np.asarray(layers, object)} if layers else {}
-        for quantity, value in quantities.items():
+        for quantity, (shape, dtype) in quantities.items():
             if quantity in taken:
                 raise ValueError(
                     f"a probe must not call a quantity {quantity!r}, a name that results have anyway"
                 )
-            dims = ("probe_step", "layer")[: 1 + len(value.shape)]
-            variables[quantity] = Variable(dims, value.dtype.name, {})
+            variables[quantity] = Variable(("probe_step", "layer")[: 1 + len(shape)], dtype, {})
     return probe_of, variables, further

@@ -1,19 +1,16 @@
 """Results on disk: a log of what was asked for, and parts that hold cells. A data set is a view of the two.
 
     results.zarr/
-        bnjax/log/00000001          what was asked for: the grid, its variables, the identities of its networks
+        bnjax/log/00000001             what was asked for: the grid, its variables, the identities of its networks
         bnjax/parts/IDENTITY-DIGEST    cells that are done: their hyperparameters and values
         bnjax/states/IDENTITY-DIGEST   a group of cells half way
-        bnjax/lock                  who is writing
-        zarr.json, test_loss/, ...  the export: the finished grid for `xarray.open_zarr`. Nothing here relies on it
+        bnjax/lock                     who is writing
+        zarr.json, test_loss/, ...     the export: the finished grid for `xarray.open_zarr`. Nothing here relies on it
 
-Every file but the export and the lock is put once, only if there is none of its name, and never changed. A part is
-named by the digest of its content, and by its identity: what its network computes, on what data and with what, and
-the width and segment that it ran at. So a part can be missing, damaged or of no use, but it cannot be read as
-something else, whoever wrote it and when; a larger grid, or another order, is another view of the parts. Of two
-parts with the same cell, the one whose name sorts first counts.
+Every file but the export and the lock is put once, only if there is none of its name, and never changed. So a part
+can be missing, damaged or of no use, but not be read as something else, whoever wrote it and when (docs/sweeps.md).
 
-To overwrite is to ask for something else in a record that says so. Until it is complete, the record before it stands.
+To overwrite, or to ask for more, is a further record. Until it is complete, the one before it stands.
 """
 
 import dataclasses
@@ -78,10 +75,10 @@ def unpack(name: str, data: bytes) -> tuple[str, Hyperparams, dict[str, np.ndarr
         raise Damaged(f"cannot be read ({first_line(error)})") from None
 
 
-def read_parts(files: Files, view: View, seen: set[str]) -> list[str]:
-    """Places the cells of all parts but those `seen`, which grow by them. Returns the keys of the damaged ones."""
+def read_parts(files: Files, view: View) -> list[str]:
+    """Places the cells of all parts. Returns the keys of the damaged ones."""
     damaged, wanted = [], view.layout.identities
-    for name in sorted({*files.list(PARTS)} - seen, reverse=True):
+    for name in reversed(files.list(PARTS)):
         if name.rpartition("-")[0] not in wanted or (data := files.get(f"{PARTS}/{name}")) is None:
             continue
         try:
@@ -96,7 +93,6 @@ def read_parts(files: Files, view: View, seen: set[str]) -> list[str]:
             damaged.append(f"{PARTS}/{name}")
             continue
         view.place(identity, cells, values)
-        seen.add(name)
     return damaged
 
 
@@ -128,7 +124,7 @@ def standing(files: Files, history: Mapping[str, Layout | Damaged]) -> tuple[str
         if isinstance(layout, Damaged):
             raise layout
         view = View(layout)
-        damaged = read_parts(files, view, set())
+        damaged = read_parts(files, view)
         if view.done.all() or (key == next(iter(history)) and not export.of_others(files)):
             return key, view, damaged
     return None
@@ -139,22 +135,20 @@ class Store:
 
     def __init__(self, files: Files, key: str):
         self.files, self.key, self._record = files, key, files.get(key)
+        if self._record is None:
+            raise OSError(f"{files.name}: {key} is not there (several processes must all see the same place)")
         self.layout = Layout.from_bytes(self._record)
-        self.done = View(self.layout).done  # [models, cells]
-        self._seen, self._states = set(), {}  # parts; {key of a state: (model, places)}
-        self.refresh()
+        self._states = {}  # key: (model, places)
+        self.done = self._read().done  # [models, cells]
 
-    def missing(
-        self, name: str, size: int, read: Callable[[Mapping[str, np.ndarray]], Halfway]
+    def groups(
+        self, name: str, places: np.ndarray, size: int, read: Callable[[Mapping[str, np.ndarray]], Halfway]
     ) -> list[tuple[np.ndarray, Halfway | None]]:
-        """The cells of a network that are not done, in groups of at most `size`: (places, the group half way).
+        """Cells of a network in groups of at most `size`: (places, the group half way, those furthest first).
 
-        Args:
-          name: of the network.
-          size: cells.
-          read: a state's arrays to the group. What it refuses is reported, removed and trained again.
+        `read` makes a group of a state's arrays. What it refuses is reported, removed and trained again.
         """
-        found = []
+        found, missing, groups = [], np.zeros(self.done.shape[1], bool), []
         for file in self.files.list(STATES):
             key, identity = f"{STATES}/{file}", file.rpartition("-")[0]
             if identity != self.layout.models[name][0] or (data := self.files.get(key)) is None:
@@ -162,35 +156,26 @@ class Store:
             try:
                 _, cells, arrays = unpack(file, data)
                 at = self.layout.positions(cells)
-                order = np.argsort(at)
-                found.append((read(arrays).cut(order), key, at[order]))
+                found.append((read(arrays).cut(np.argsort(at)), key, np.sort(at)))
             except Exception as error:  # whatever odd arrays raise
                 damaged = isinstance(error, Damaged)
                 self._discard(key, str(error) if damaged else f"cannot be read ({first_line(error)})")
-        missing, groups = ~self.done[self.index(name)], []
+        missing[places] = True
         for halfway, key, at in sorted(found, key=lambda one: -one[0].at):
             self._states[key] = self.index(name), at
-            if (at >= 0).all() and missing[at].all():
-                missing[at] = False
-                for rows in in_groups(np.arange(len(at)), size):
-                    groups.append((at[rows], halfway.cut(rows)))
-        return groups + [(places, None) for places in in_groups(np.flatnonzero(missing), size)]
+            rows = np.flatnonzero(missing[at] & (at >= 0))
+            missing[at[rows]] = False
+            groups += [(at[some], halfway.cut(some)) for some in in_groups(rows, size)]
+        return groups + [(some, None) for some in in_groups(np.flatnonzero(missing), size)]
 
     def index(self, name: str) -> int:
         """A network's place among them."""
         return list(self.layout.models).index(name)
 
-    def refresh(self) -> None:
-        """Looks what is done, by others too; damaged parts are reported and removed: their cells are trained again."""
-        view = View(self.layout)
-        view.done = self.done
-        for key in read_parts(self.files, view, self._seen):
-            self._discard(key, "is damaged")
-
     def dataset(self) -> xr.Dataset:
-        """The results, as far as they are there."""
-        view = View(self.layout)
-        read_parts(self.files, view, set())
+        """The results, as far as they are there: what others have done, too."""
+        view = self._read()
+        self.done = view.done
         if not view.done.all():
             self._check()
         return view.dataset()
@@ -215,7 +200,6 @@ class Store:
     def finished(self) -> bool:
         """Whether all is done. Then what it has overwritten, or needs no more, is removed."""
         self._check()
-        self.refresh()
         history = _history(self.files)
         if not self.done.all() or history[-1:] != [self.key] or self.files.get(self.key) != self._record:
             return False
@@ -227,13 +211,6 @@ class Store:
         for name in self.files.list(STATES):
             self.files.delete(f"{STATES}/{name}")
         return True
-
-    def write_export(self, results: xr.Dataset | None) -> None:
-        """Writes the results as plain Zarr, unless they stand there; None: removes what stands there."""
-        if results is None:
-            export.remove(self.files)
-        else:
-            export.write(results, self.files)
 
     def _put(self, folder, name, cells, arrays, *, compress):
         self._check()
@@ -247,6 +224,13 @@ class Store:
         for key in [key for key, state in self._states.items() if condition(*state)]:
             self.files.delete(key)
             del self._states[key]
+
+    def _read(self):
+        """Damaged parts are reported and removed: their cells are trained again."""
+        view = View(self.layout)
+        for key in read_parts(self.files, view):
+            self._discard(key, "is damaged")
+        return view
 
     def _discard(self, key, why):
         log.warning("%s: %s %s; its cells are trained again", self.files.name, key, why)
@@ -268,13 +252,9 @@ def begin(
     overwrite: bool = False,
     allow_changed: Sequence[str] = (),
 ) -> Store:
-    """Opens what stands there if the sweep that is asked for continues it, or begins it.
+    """Opens what stands there if the sweep that is asked for continues it, or begins it; under `files.writing`.
 
-    Args:
-      files: where, under `files.writing`.
-      asked: (identities that are there, whether it is to begin) -> what is asked for, at their widths and segments.
-      overwrite: begin beside what stands there, if that is something else.
-      allow_changed: of `CHANGES`.
+    `asked`: (identities that are there, whether it is to begin) -> what is asked for, at their widths and segments.
 
     Raises:
       ValueError: if something else stands there, and is not to be overwritten.
@@ -285,31 +265,31 @@ def begin(
         history, there = records(files), _identities(files)
         whole = [key for key, layout in history.items() if isinstance(layout, Layout)]
         damaged = [layout for layout in history.values() if isinstance(layout, Damaged)]
-        candidates, why = [], ""
         if damaged:
-            own, others = (
-                {one.partition(".")[0] for one in ids} for ids in (asked((), False).identities, there)
-            )
-            if others - own and not overwrite:  # a part of another network would be removed
-                raise damaged[-1]
-            for one in damaged:
-                log.warning("%s; it is written again", one)
-            stands = whole[-1:]
+            stands, why = whole[-1:], ""
         else:
             stands = [found[0]] if (found := standing(files, history)) else []
-            candidates = [*dict.fromkeys(whole[-1:] + stands)]
             why = "it was saved at once, or by an earlier version" * export.stands(files)
-        for key in candidates:
+        for key in dict.fromkeys(whole[-1:] + stands):
             layout, why = _continued(history[key], asked, allow_changed)
-            if layout is history[key]:
+            if layout is history[key] and key == [*history][-1] and not damaged:
                 return Store(files, key)
             if layout is not None:
-                stands = [] if key in stands else stands
+                if key in stands and not damaged:
+                    stands = []
+                    if export.of_others(files):  # which it had overwritten
+                        export.remove(files)
                 break
         else:
-            if why and not overwrite:
+            if why and not overwrite and not damaged:
                 raise ValueError(f"{files.name} holds other results: {why}")
             layout = asked(there, True)
+        if damaged and not overwrite:  # a part of another network would be removed
+            known, parts = ({one.partition(".")[0] for one in ids} for ids in (layout.identities, there))
+            if parts - known:
+                raise damaged[-1]
+        for one in damaged:
+            log.warning("%s; it is written again", one)
         if key := _append(files, layout, history, stands):
             return Store(files, key)
     raise RuntimeError(f"{files.name}: other runs begin there all the time")
@@ -331,7 +311,7 @@ def _append(files, layout, history, kept):
     key = f"{LOG}/{int([*history][-1].rpartition('/')[2]) + 1 if history else 1:08d}"
     if not files.create(key, layout.to_bytes()):
         return None
-    for old in {*history} - {*kept}:
+    for old in sorted({*history} - {*kept}, reverse=True):  # what stands, the oldest, as the last
         files.delete(old)
     return key
 
@@ -339,10 +319,8 @@ def _append(files, layout, history, kept):
 def _continued(stored, asked, allow_changed) -> tuple[Layout | None, str]:
     """What goes on from the stored record, the record itself if it says all; or None, and why nothing does."""
     bases = {name: ids[0].partition(".")[0] for name, ids in asked((), False).models.items()}
-    called, there = (
-        {},
-        [],
-    )  # {name there: name now}; the networks' identities at the widths and segments there
+    # {name there: name now}, and the identities now at the widths and segments there.
+    called, there = {}, []
     for name, (own, *_) in stored.models.items():
         base, _, planned = own.partition(".")
         same = [now for now in (name, *bases) if bases.get(now) == base]
@@ -465,6 +443,6 @@ def status(path: PathLike) -> Status:
     if isinstance(layout, ValueError):
         raise layout
     view = View(layout)
-    damaged = read_parts(files, view, set())
+    damaged = read_parts(files, view)
     cells = {name: (int(view.done[i].sum()), view.done.shape[1]) for i, name in enumerate(layout.models)}
     return Status(files.name, cells, damaged, len(files.list(STATES)), files.writer())
