@@ -135,7 +135,9 @@ def parse_seeds(flag: str, text: str) -> list[int]:
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder, and raises OSError naming it if nothing can be written there."""
+    """Makes the folder, and raises OSError naming it if nothing can be written there; ValueError for a URL."""
+    if re.match(r"\w{2,}:/", str(folder)):
+        raise ValueError(f"--out={folder} must be a local folder (bnjax.sweep takes a bucket as its path)")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -77,6 +77,8 @@ flags.DEFINE_bool(
     "Only measure which width is fastest for these networks, and print a --width= for this machine.",
 )
 common.define_distributed()
+for name in ("distributed", "coordinator", "processes", "process"):
+    flags.declare_key_flag(name)  # so that --helpshort shows them
 flags.DEFINE_integer("devices", None, "Local devices to use. Default: all.", lower_bound=1)
 
 SCRIPT = "init_robustness"
@@ -112,7 +114,9 @@ def main(argv: list[str]) -> None:
             print(common.command(SCRIPT, width=width, measure_width=None))
             return
         with contextlib.suppress(ValueError):
-            if all(done == count for done, count in bnjax.status(path).cells.values()):
+            if not FLAGS.overwrite and all(
+                done == count for done, count in bnjax.status(path).cells.values()
+            ):
                 print(f"{path} is there: its cells are checked, and what is whole is not trained again.")
         results = bnjax.sweep(
             *job[:4],
@@ -173,6 +177,12 @@ def prepare(argv: list[str], folder: Path) -> Job:
     others = [p.name for p in folder.iterdir() if not p.name.startswith(f".{common.RESULTS}")]
     if others and common.RESULTS not in others:
         raise ValueError(f"--out={folder} is not empty and holds no {common.RESULTS}; choose another")
+    made_by = common.maker(folder / common.RESULTS)
+    if FLAGS.overwrite and made_by != SCRIPT and (folder / common.RESULTS / "zarr.json").exists():
+        raise ValueError(
+            f"--out={folder} holds {common.RESULTS}, which {f'experiments.{made_by}' if made_by else 'something else'} "
+            f"made; experiments.{SCRIPT} replaces only what it made. Choose another folder"
+        )
     devices = jax.local_devices()[: FLAGS.devices]
     if FLAGS.devices is not None and FLAGS.devices > len(devices):
         raise ValueError(f"--devices must be at most the {len(devices)} that there are, got {FLAGS.devices}")
@@ -233,8 +243,7 @@ def report(results: xr.Dataset, path: Path) -> None:
         title=f"{FLAGS.dataset}, {FLAGS.depth} hidden layers of {FLAGS.hidden_width}, {FLAGS.activation}, "
         f"{FLAGS.steps} steps of {FLAGS.batch_size}",
     )
-    picture = path.with_name("accuracy.png")
-    figure.savefig(picture)
+    picture = common.save(figure, path.with_name("accuracy.png"), SCRIPT)
     more = 4 * accuracy.sizes["seed"]
     print(f"figure:   {picture}")
     print(f"results:  {path}   (bnjax.load_results opens it)")

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scripts
+import xarray as xr
 
 import bnjax
 from experiments import common
@@ -132,6 +133,37 @@ def test_other_results_are_refused_unless_they_may_be_replaced(main, tmp_path):
     assert bnjax.load_results(tmp_path / "out" / "results.zarr").attrs["config"]["steps"] == 15
     main(**ONE_NETWORK, steps=16, overwrite=True)
     assert bnjax.load_results(tmp_path / "out" / "results.zarr").attrs["config"]["steps"] == 16
+
+
+@pytest.mark.parametrize("maker", ["experiments.scale_laws", "something else"])
+def test_what_others_made_is_not_replaced(main, tmp_path, maker):
+    command = {"command": f"python -m {maker}"} if "." in maker else {}
+    saved = xr.Dataset({"a": 1.0}, attrs=command)
+    bnjax.save_results(saved, tmp_path / "out" / "results.zarr")
+    with pytest.raises(SystemExit, match=f"results.zarr, which {maker} made; .* replaces only what it made"):
+        main(overwrite=True)
+    with pytest.raises(SystemExit, match="holds other results: it was saved at once"):
+        main(**ONE_NETWORK)
+    xr.testing.assert_identical(bnjax.load_results(tmp_path / "out" / "results.zarr"), saved)
+
+
+def test_a_figure_of_others_stays(main, tmp_path, capsys):
+    main(**ONE_NETWORK)
+    picture = tmp_path / "out" / "accuracy.png"
+    main(**ONE_NETWORK)  # its own is replaced
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == [picture.name]
+    picture.write_bytes(b"mine")
+    main(**ONE_NETWORK)
+    assert picture.read_bytes() == b"mine"
+    (other,) = {*(tmp_path / "out").glob("*.png")} - {picture}
+    assert f"figure:   {other}" in capsys.readouterr().out
+
+
+def test_a_bucket_is_no_folder(main):
+    with pytest.raises(
+        SystemExit, match=r"--out=gs:/b/x must be a local folder \(bnjax.sweep takes a bucket"
+    ):
+        main(out="gs://b/x")
 
 
 @pytest.mark.slow

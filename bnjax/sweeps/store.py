@@ -10,7 +10,7 @@
 Every file but the export and the lock is put once, only if there is none of its name, and never changed. So a part
 can be missing, damaged or of no use, but not be read as something else, whoever wrote it and when (docs/sweeps.md).
 
-To overwrite, or to ask for more, is a further record. Until it is complete, the one before it stands.
+To overwrite is a further record. Until its cells are all done, the one before it stands.
 """
 
 import dataclasses
