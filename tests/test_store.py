@@ -854,6 +854,22 @@ def test_states_are_saved_by_the_time_that_the_devices_take(sweep, monkeypatch):
     assert states == [120.0]
 
 
+def test_a_temporary_file_that_another_run_took_for_a_dead_ones(tmp_path, monkeypatch):
+    """Is written again, once."""
+    folder, link, taken = files.Folder(tmp_path / "r"), os.link, []
+
+    def late(temporary, path):
+        if not taken:
+            taken.append(temporary)
+            files.Folder(tmp_path / "r").make("a")
+        link(temporary, path)
+
+    folder.make("a")
+    monkeypatch.setattr(os, "link", late)
+    assert folder.create("a/b", b"1")
+    assert (folder.get("a/b"), folder.list(), len(taken)) == (b"1", ["a/b"], 1)
+
+
 def test_a_larger_grid_that_has_begun_in_its_place_is_left_alone(sweep, monkeypatch):
     """At a run's last step, and in a record of the same name."""
     whole, states = store.Store.finished, []

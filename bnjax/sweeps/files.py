@@ -47,17 +47,22 @@ class Folder:
     def create(self, key: str, data: bytes) -> bool:
         """Puts them if there are none: all of them, or nothing. Returns whether it did."""
         path = self.root / key
-        with contextlib.suppress(FileExistsError), self._written(path, data) as temporary:
-            try:
-                os.link(temporary, path)
-            except (FileExistsError, FileNotFoundError):
-                raise
-            except OSError:  # a file system without links: names are digests, but for those of records
-                if path.exists():
-                    return False
-                temporary.rename(path)
-            return True
-        return False
+        for again in (True, False):
+            with contextlib.suppress(FileExistsError), self._written(path, data) as temporary:
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    raise
+                except FileNotFoundError:
+                    if again and path.parent.is_dir():  # a run that began meanwhile took it for a dead one's
+                        continue
+                    raise
+                except OSError:  # a file system without links: names are digests, but for those of records
+                    if path.exists():
+                        return False
+                    temporary.rename(path)
+                return True
+            return False
 
     def put(self, key: str, data: bytes) -> None:
         """Puts them in the place of what is there."""
