@@ -246,9 +246,7 @@ def files_at(path: PathLike) -> Folder | Bucket:
         try:
             import obstore.store
         except ImportError:
-            raise ImportError(
-                f"path={path!r}: URLs need obstore: pip install 'obstore>=0.7' (bnjax's extra `cloud`)"
-            ) from None
+            raise ImportError(f"path={path!r}: URLs need obstore: pip install 'bnjax[cloud]'") from None
         try:
             return Bucket(obstore.store.from_url(path), path)
         except obstore.exceptions.BaseError as error:
