@@ -72,7 +72,6 @@ def join_others() -> None:
             f"--coordinator, --processes and --process belong together, got only {', '.join(named)}"
         )
     if values.distributed:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(given["coordinator"], given["processes"], given["process"])
 
 

@@ -77,8 +77,7 @@ flags.DEFINE_bool(
     "Only measure which width is fastest for these networks, and print a --width= for this machine.",
 )
 common.define_distributed()
-for name in ("distributed", "coordinator", "processes", "process"):
-    flags.declare_key_flag(name)  # so that --helpshort shows them
+flags.adopt_module_key_flags(common)  # so that --helpshort shows them
 flags.DEFINE_integer("devices", None, "Local devices to use. Default: all.", lower_bound=1)
 
 SCRIPT = "init_robustness"
@@ -177,12 +176,8 @@ def prepare(argv: list[str], folder: Path) -> Job:
     others = [p.name for p in folder.iterdir() if not p.name.startswith(f".{common.RESULTS}")]
     if others and common.RESULTS not in others:
         raise ValueError(f"--out={folder} is not empty and holds no {common.RESULTS}; choose another")
-    made_by = common.maker(folder / common.RESULTS)
-    if FLAGS.overwrite and made_by != SCRIPT and (folder / common.RESULTS / "zarr.json").exists():
-        raise ValueError(
-            f"--out={folder} holds {common.RESULTS}, which {f'experiments.{made_by}' if made_by else 'something else'} "
-            f"made; experiments.{SCRIPT} replaces only what it made. Choose another folder"
-        )
+    if FLAGS.overwrite and (folder / common.RESULTS / "zarr.json").exists():
+        common.check_out(folder, SCRIPT, common.RESULTS)
     devices = jax.local_devices()[: FLAGS.devices]
     if FLAGS.devices is not None and FLAGS.devices > len(devices):
         raise ValueError(f"--devices must be at most the {len(devices)} that there are, got {FLAGS.devices}")

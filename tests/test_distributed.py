@@ -24,7 +24,6 @@ import jax
 path, address, count, index, devices, options = sys.argv[1:]
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(devices))
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, int(count), int(index))
 from tests import test_distributed
 found = test_distributed.sweep(path, **json.loads(options))
@@ -68,17 +67,7 @@ def start(path, count, devices=(1, 1, 1, 1), **options):
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     return [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-c",
-                WORKER,
-                str(path),
-                address,
-                str(count),
-                str(i),
-                str(d),
-                json.dumps(options),
-            ],
+            [sys.executable, "-c", WORKER, *map(str, (path, address, count, i, d)), json.dumps(options)],
             cwd=ROOT,
             env=environment,
             stdout=subprocess.PIPE,

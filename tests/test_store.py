@@ -25,6 +25,7 @@ from bnjax.sweeps import files, grid, layout, program, provenance, run, store
 
 MODEL, OTHER = bnjax.mlp((8,), 4), bnjax.mlp((8,), 4, norm="none")
 CONFIG = bnjax.TrainConfig(steps=4, batch_size=32, eval_every=2)
+OTHER_CONFIG = dataclasses.replace(CONFIG, data_seed=1)
 AXES = MappingProxyType({"seed": range(3), "init_scale": (0.1, 1.0, 10.0), "learning_rate": (0.1, 1e30)})
 FEW, MORE, SIX = {"seed": (1, 2)}, {"seed": (3, 2, 1)}, {"seed": range(6)}
 PROBE = bnjax.probes.weights(MODEL, (12,))
@@ -371,14 +372,14 @@ class TestOverwrite:
         xr.testing.assert_identical(sweep(SIX), found)
 
     def test_abandoned_for_a_third(self, sweep):
-        first, config = sweep(FEW, OTHER), dataclasses.replace(CONFIG, data_seed=1)
+        first = sweep(FEW, OTHER)
         sweep.killed(1, SIX, overwrite=True)
-        sweep.refused("holds other results", FEW, config=config)
-        sweep.killed(1, SIX, config=config, overwrite=True)
-        sweep.killed(1, {"seed": range(9)}, config=config)
+        sweep.refused("holds other results", FEW, config=OTHER_CONFIG)
+        sweep.killed(1, SIX, config=OTHER_CONFIG, overwrite=True)
+        sweep.killed(1, {"seed": range(9)}, config=OTHER_CONFIG)
         xr.testing.assert_identical(sweep.load(), first)
         assert len(sweep.kept("log")) == 2
-        found = sweep.right({"seed": range(9)}, config=config)
+        found = sweep.right({"seed": range(9)}, config=OTHER_CONFIG)
         assert sweep.identities() == {*found.attrs["identity"][""]}
 
     def test_abandoned_for_what_stands(self, sweep):
@@ -744,11 +745,10 @@ class TestNarrowed:
         """Those of a second identity, too."""
         options = {"width": None, "allow_changed": ["config"], "probe": None}
         sweep({"seed": range(4)}, {"a": MODEL}, width=2, probe=None)
-        other = bnjax.TrainConfig(steps=4, batch_size=32, eval_every=2, data_seed=1)
-        before = sweep({"seed": range(6)}, {"a": MODEL}, config=other, **options | {"width": 2})
+        before = sweep({"seed": range(6)}, {"a": MODEL}, config=OTHER_CONFIG, **options | {"width": 2})
         too_little()
         models = {"a": MODEL, "z": bnjax.mlp((8, 8), 4, norm="none")}
-        found = sweep({"seed": range(6)}, models, config=other, **options)
+        found = sweep({"seed": range(6)}, models, config=OTHER_CONFIG, **options)
         assert "done" not in found
         assert found.attrs["changes"] == before.attrs["changes"]
         assert [plan["width"] for plan in found.attrs["plan"].values()] == [2, 1]
@@ -757,8 +757,7 @@ class TestNarrowed:
     def test_what_is_overwritten_stands_until_it_is_complete(self, sweep, too_little):
         first = sweep({"seed": range(4)}, width=2, probe=None)
         too_little()
-        other = bnjax.TrainConfig(steps=4, batch_size=32, eval_every=2, data_seed=1)
-        options = {"config": other, "overwrite": True, "width": None, "probe": None}
+        options = {"config": OTHER_CONFIG, "overwrite": True, "width": None, "probe": None}
         assert sweep.killed(1, {"seed": range(4)}, **options)
         xr.testing.assert_identical(sweep.load(), first)
 
@@ -781,12 +780,11 @@ def test_two_names_of_one_network_are_continued(sweep):
 def test_what_a_record_knows_is_not_lost_with_a_damaged_one_beside_it(sweep):
     """The cells of a second identity, and what was changed."""
     sweep(FEW, probe=None)
-    other = bnjax.TrainConfig(steps=4, batch_size=32, eval_every=2, data_seed=1)
-    first = sweep(FEW, config=other, allow_changed=["config"])
+    first = sweep(FEW, config=OTHER_CONFIG, allow_changed=["config"])
     record = max((sweep.path / store.LOG).iterdir())
     record.with_name("00000099").write_bytes(b"damaged")
     sweep.trained.clear()
-    xr.testing.assert_identical(sweep(FEW, config=other), first)
+    xr.testing.assert_identical(sweep(FEW, config=OTHER_CONFIG), first)
     assert sweep.trained == []
     xr.testing.assert_identical(sweep.load(), first)
 
@@ -820,8 +818,8 @@ def test_a_width_that_was_changed_is_kept(sweep):
 def test_a_width_that_was_asked_for_is_kept_when_something_else_changes(sweep):
     """Not that of the network's size, which is 16."""
     sweep({"seed": range(2)}, width=4, probe=None)
-    other, allow = bnjax.TrainConfig(steps=4, batch_size=32, eval_every=2, data_seed=1), ["config"]
-    changed = sweep({"seed": range(4)}, config=other, width=None, allow_changed=allow, probe=None)
+    allow = ["config"]
+    changed = sweep({"seed": range(4)}, config=OTHER_CONFIG, width=None, allow_changed=allow, probe=None)
     assert changed.attrs["plan"][""]["width"] == 4
     assert len(changed.attrs["identity"][""]) == 2
 

@@ -6,6 +6,7 @@ replaced, but for two things that no reader of results relies on: the export, an
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -50,17 +51,11 @@ class Folder:
         for again in (True, False):
             with contextlib.suppress(FileExistsError), self._written(path, data) as temporary:
                 try:
-                    os.link(temporary, path)
-                except FileExistsError:
-                    raise
+                    _link(temporary, path)
                 except FileNotFoundError:
-                    if again and path.parent.is_dir():  # a run that began meanwhile took it for a dead one's
-                        continue
-                    raise
-                except OSError:  # a file system without links: names are digests, but for those of records
-                    if path.exists():
-                        return False
-                    temporary.rename(path)
+                    if not (again and path.parent.is_dir()):
+                        raise
+                    continue  # a run that began meanwhile took the temporary file for a dead one's
                 return True
             return False
 
@@ -305,6 +300,18 @@ def _write(file, data):
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
+
+
+def _link(temporary, path):
+    """Gives a file its own name; FileExistsError if there is one of that name."""
+    try:
+        os.link(temporary, path)
+    except (FileExistsError, FileNotFoundError):
+        raise
+    except OSError:  # a file system without links: names are digests, but for those of records
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
+        temporary.rename(path)
 
 
 def _make(folder):

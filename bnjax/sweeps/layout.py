@@ -44,6 +44,11 @@ class Layout:
         return Hyperparams(**self.attributes["hyper"])
 
     @property
+    def bases(self) -> dict[str, str]:
+        """What each network computes: its own identity without width and segment."""
+        return {name: parsed(ids[0])[0] for name, ids in self.models.items()}
+
+    @property
     def identities(self) -> set[str]:
         """Of all cells that count."""
         return {identity for ids in self.models.values() for identity in ids}
@@ -137,6 +142,12 @@ def compared(attributes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """What must agree: of a plan the width and the segment."""
     value = attributes.get(name) or {}
     return value if name != "plan" else {m: {k: p[k] for k in ("width", "segment")} for m, p in value.items()}
+
+
+def parsed(identity: str) -> tuple[str, int, int]:
+    """(what the network computes, width, segment)."""
+    base, width, segment = identity.split(".")
+    return base, int(width), int(segment)
 
 
 def digest(data: bytes) -> str:

@@ -84,13 +84,9 @@ def make_plan(
 @functools.lru_cache(maxsize=16)
 def _size(init, apply, x):
     """The number of parameters, their bytes, and whether there are convolutions."""
-
-    def outputs(x):
-        params, batch_stats = init(jax.random.key(0), x.shape[1:], 1.0)
-        return params, apply(params, batch_stats, x, train=False)
-
-    program, (params, _) = jax.make_jaxpr(outputs, return_shape=True)(x)
-    leaves = [(math.prod(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(params)]
+    state = jax.eval_shape(lambda: init(jax.random.key(0), x.shape[1:], 1.0))
+    program = jax.make_jaxpr(functools.partial(apply, train=False))(*state, x)
+    leaves = [(math.prod(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(state[0])]
     size, num_bytes = sum(n for n, _ in leaves), sum(n * itemsize for n, itemsize in leaves)
     return size, num_bytes, "conv_general_dilated" in str(program)
 

@@ -24,7 +24,7 @@ from bnjax import choices, compilation, probes
 from bnjax import export as plain
 from bnjax.sweeps import grid, program, provenance, store
 from bnjax.sweeps.files import HOST, Memory, PathLike, files_at, in_words
-from bnjax.sweeps.layout import Layout, Variable
+from bnjax.sweeps.layout import Layout, Variable, parsed
 from bnjax.sweeps.plan import make_plan
 from bnjax.sweeps.progress import Progress
 from bnjax.training import TrainConfig, check
@@ -151,7 +151,7 @@ def sweep(
     def asked(there, fit):
         """The layout, at widths and segments that are given, or those of the identities there; if `fit`, that fit."""
         # Of several at which a network is there the first is its own.
-        stored = {base: (int(w), int(s)) for base, w, s in (one.split(".") for one in reversed(list(there)))}
+        stored = {base: (w, s) for base, w, s in map(parsed, reversed(list(there)))}
         found = {}
         for name, one in trainers.items():
             w, s = stored.get(bases[name], (one.plan.width, one.plan.segment))
@@ -176,8 +176,8 @@ def sweep(
         results, (shown, *_) = _together(opened)
         results, _ = _together(lambda: (results or _joined(path, bases, *shown.split(" ")), ""))
         for name, (identity, *_) in results.layout.models.items():
-            _, w, s = identity.split(".")
-            trainers[name] = trainers[name]._replace(plan=plans[name]._replace(width=int(w), segment=int(s)))
+            _, w, s = parsed(identity)
+            trainers[name] = trainers[name]._replace(plan=plans[name]._replace(width=w, segment=s))
 
         def share(name, trainer):
             """In groups: of the missing cells every n-th block of a width, which is the same in all processes."""
@@ -227,7 +227,7 @@ def _opened(stack, path, asked, overwrite, allow_changed) -> store.Store:
 def _joined(path, bases, key, done) -> store.Store:
     """The results that process 0 has opened, with what was done then: all share that."""
     results = store.Store(files_at(path), key)
-    if bases != {name: ids[0].partition(".")[0] for name, ids in results.layout.models.items()}:
+    if bases != results.layout.bases:
         raise ValueError(
             "the processes of a job must have the same networks, data, configuration, code and kind of processor; "
             f"process {jax.process_index()} has others than process 0"

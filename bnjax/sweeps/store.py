@@ -27,7 +27,7 @@ from bnjax import export
 from bnjax.export import Damaged, first_line
 from bnjax.sweeps import grid
 from bnjax.sweeps.files import Files, PathLike, files_at
-from bnjax.sweeps.layout import IDENTITY, Layout, View, compared, digest
+from bnjax.sweeps.layout import IDENTITY, Layout, View, compared, digest, parsed
 from bnjax.sweeps.program import Halfway, in_groups
 from bnjax.sweeps.provenance import differences
 from bnjax.types import Hyperparams
@@ -285,7 +285,7 @@ def begin(
                 raise ValueError(f"{files.name} holds other results: {why}")
             layout = asked(there, True)
         if damaged and not overwrite:  # a part of another network would be removed
-            known, parts = ({one.partition(".")[0] for one in ids} for ids in (layout.identities, there))
+            known, parts = ({parsed(one)[0] for one in ids} for ids in (layout.identities, there))
             if parts - known:
                 raise damaged[-1]
         for one in damaged:
@@ -318,14 +318,14 @@ def _append(files, layout, history, kept):
 
 def _continued(stored, asked, allow_changed) -> tuple[Layout | None, str]:
     """What goes on from the stored record, the record itself if it says all; or None, and why nothing does."""
-    bases = {name: ids[0].partition(".")[0] for name, ids in asked((), False).models.items()}
+    bases = asked((), False).bases
     # {name there: name now}, and the identities now at the widths and segments there.
     called, there = {}, []
     for name, (own, *_) in stored.models.items():
-        base, _, planned = own.partition(".")
+        base, *planned = parsed(own)
         same = [now for now in (name, *bases) if bases.get(now) == base]
         called[name] = [*same, name][0]
-        there.append(f"{bases.get(called[name], base)}.{planned}")
+        there.append(".".join(map(str, (bases.get(called[name], base), *planned))))
     new = asked(there, False)
     changed = {}
     if any(new.models.get(called[name], ids)[0] != ids[0] for name, ids in stored.models.items()):
