@@ -33,6 +33,7 @@ log = logging.getLogger("bnjax")
 DIGEST = 32  # bytes
 PARTIAL = ".partial"  # ends the name of a file until it is whole
 DAY = 24 * 3600
+ISA = ("avx512f", "avx2", "avx", "asimd")  # what decides which instructions XLA uses, best first
 CPU_KIND = ("model name", "stepping", "flags", "cpu implementer", "cpu part", "cpu variant", "features")
 
 
@@ -54,12 +55,27 @@ def use_cache(folder: Path | None = None) -> None:
 
 
 @functools.cache
+def processor() -> dict[str, str]:
+    """What the system says of the first core; nothing where it does not."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:  # only Linux has this file
+        return {}
+    lines = (line.partition(":") for line in first.splitlines())
+    return {name.strip().lower(): value.strip() for name, _, value in lines}
+
+
+def isa() -> str:
+    """The machine's architecture, and of the vector instructions known here the widest that it has."""
+    words = processor().get("flags", processor().get("features", "")).split()
+    return " ".join([platform.machine(), *[name for name in ISA if name in words][:1]])
+
+
+@functools.cache
 def machine() -> str:
     """A digest of the kind of processor: programs compiled here run where it is the same."""
     known = [platform.machine(), platform.system(), platform.processor()]
-    with contextlib.suppress(OSError):  # only Linux has this file
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-        known += [line for line in lines if line.partition(":")[0].strip().lower() in CPU_KIND]
+    known += [processor().get(name, "") for name in CPU_KIND]
     return hashlib.blake2b("\n".join(known).encode(), digest_size=8).hexdigest()
 
 

@@ -98,35 +98,22 @@ class TrainConfig:
 class RunState(NamedTuple):
     """A training run between two of its steps."""
 
+    step: jax.Array  # [] int32, the number of steps that are done
     params: PyTree
     batch_stats: PyTree
     opt_state: PyTree
     diverged_step: jax.Array  # [] int32, -1 as long as it has not
     averages: tuple[jax.Array, jax.Array, jax.Array]
     """Training loss, accuracy and number of steps since the last evaluation."""
+    curves: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+    """The first four fields of History, [E] each; until an evaluation, those of a run that has diverged."""
+    measured: dict[str, jax.Array]  # [1 + E, ...], by the probe
     initial: tuple[PyTree, PyTree] | None  # (params, batch_stats) at the start, for a probe
 
-
-class Recorded(NamedTuple):
-    """What evaluations leave behind, [evaluations, ...] each."""
-
-    curves: tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # the first four fields of History
-    measured: dict[str, jax.Array]  # by the probe
-
-
-class Run(NamedTuple):
-    """A training run in parts, for whoever stops in between: pure functions, each for one cell.
-
-    start(hyper, ds) -> RunState.
-    measure(state, hyper, ds) -> {quantity: what the probe measures}. Compiled together with `start` it may change the
-        drawn network in its last bits.
-    advance(state, hyper, ds, first, steps, evaluations) -> (RunState, Recorded): `steps` steps, of which the first is
-        number `first` (it may be traced, the others not), in equal parts with an evaluation after each; or with none.
-    """
-
-    start: Callable[[Hyperparams, Dataset], RunState]
-    measure: Callable[[RunState, Hyperparams, Dataset], dict[str, jax.Array]]
-    advance: Callable[..., tuple[RunState, Recorded]]
+    @property
+    def history(self) -> History:
+        """What has become of the run so far."""
+        return History(*self.curves, diverged=self.diverged_step >= 0, diverged_step=self.diverged_step)
 
 
 def make_train(
@@ -146,56 +133,29 @@ def make_train(
     `train` raises ValueError (when traced) if the batch is larger than the training split, or labels and
     examples differ in number.
     """
-    start, measure, advance = make_run(model, config, probe, axis_name)
+    start, advance = make_run(model, config, probe, axis_name)
 
     def train(hyper, ds):
-        state = start(hyper, ds)
-        at_start, parts = measure(state, hyper, ds), []
-        for first, steps, evaluations in pieces(config):
-            state, recorded = advance(state, hyper, ds, first, steps, evaluations)
-            parts.append(recorded)
-        recorded = jax.tree.map(lambda *values: jnp.concatenate(values), *parts)
-        history = history_of(state.diverged_step, recorded)
-        if probe is None:
-            return history
-        return history, jax.tree.map(
-            lambda first, rest: jnp.concatenate([first[None], rest]), at_start, recorded.measured
-        )
+        state = advance(start(hyper, ds), hyper, ds, 0, config.steps)
+        return state.history if probe is None else (state.history, state.measured)
 
     return train
 
 
-def history_of(diverged_step: Array, recorded: Recorded) -> History:
-    """The history of a run, from its last state's `diverged_step` and all evaluations."""
-    return History(*recorded.curves, diverged=diverged_step >= 0, diverged_step=diverged_step)
-
-
-def pieces(config: TrainConfig, segment: int | None = None) -> list[tuple[int, int, int]]:
-    """The run in pieces (first step, steps, evaluations), none longer than `segment` steps, for `Run.advance`.
-
-    Where a segment has room for several evaluations it holds as many as fit; a way to the next evaluation that is
-    longer is cut into segments without one and the rest with it. Without `segment`: as few pieces as can be.
-    """
-    every = min(config.eval_every or config.steps, config.steps)
-    segment = segment or config.steps
-    found, first = [], 0
-    while first < config.steps:
-        until = (config.steps - first) // every  # whole intervals that are left
-        if first % every == 0 and until and every <= segment:
-            found.append((first, every * min(until, segment // every), min(until, segment // every)))
-        else:
-            left = min(every - first % every, config.steps - first)
-            found.append((first, min(left, segment), int(left <= segment)))
-        first += found[-1][1]
-    return found
-
-
 def make_run(
     model: Model, config: TrainConfig, probe: Probe | None = None, axis_name: str | None = None
-) -> Run:
-    """The parts that `make_train` is made of, which may be called one by one."""
+) -> tuple[Callable[[Hyperparams, Dataset], RunState], Callable[..., RunState]]:
+    """The parts of `make_train`, for whoever stops in between: pure functions, each for one cell.
 
-    def measure(state, hyper, ds):
+    Returns:
+      start(hyper, ds) -> RunState.
+      advance(state, hyper, ds, first, until) -> RunState, after the steps from number `first` (where the state is) to
+        before `until`. Both may be traced: one program takes a run in whatever segments, to the same bits.
+    """
+    num_evaluations = len(config.eval_steps)
+    every = config.eval_every or config.steps
+
+    def probed(state, hyper, ds):
         if probe is None:
             return {}
         # The barrier keeps the compiler from working the probe's arithmetic into the run's.
@@ -208,8 +168,16 @@ def make_run(
         hyper = _as_32_bit(hyper)
         drawn = model.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
         opt_state = OPTIMIZERS[config.optimizer](hyper).init(drawn[0])
+        num_classes = jax.eval_shape(_outputs(model, drawn), ds.test_x[:1]).shape[-1]
+        guessing = [jnp.full(num_evaluations, value, jnp.float32) for value in (jnp.inf, 1 / num_classes)]
         initial = None if probe is None else drawn
-        return RunState(*drawn, opt_state, jnp.int32(-1), _no_steps(), initial)
+        state = RunState(
+            jnp.int32(0), *drawn, opt_state, jnp.int32(-1), _no_steps(), (*guessing, *guessing), {}, initial
+        )
+        shapes = jax.eval_shape(probed, state, hyper, ds)
+        return state._replace(
+            measured={name: jnp.zeros((1 + num_evaluations, *v.shape), v.dtype) for name, v in shapes.items()}
+        )
 
     def goes_on(state):
         """Whether a further step is of any use; the same in all runs of the vmap."""
@@ -218,7 +186,7 @@ def make_run(
         alive = state.diverged_step < 0
         return alive if axis_name is None else jax.lax.pmax(alive.astype(jnp.int32), axis_name) > 0
 
-    def advance(state, hyper, ds, first, steps, evaluations):
+    def advance(state, hyper, ds, first, until):
         hyper = _as_32_bit(hyper)
         optimizer = OPTIMIZERS[config.optimizer](hyper)
         num_train = len(ds.train_x)
@@ -244,56 +212,65 @@ def make_run(
                 state.params, state.batch_stats, x, y
             )
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            diverged_step = _diverged_step(state.diverged_step, loss, step)
-            averages = _add(state.averages, loss, accuracy)
-            return RunState(params, batch_stats, opt_state, diverged_step, averages, state.initial)
+            return state._replace(
+                params=optax.apply_updates(state.params, updates),
+                batch_stats=batch_stats,
+                opt_state=opt_state,
+                diverged_step=_diverged_step(state.diverged_step, loss, step),
+                averages=_add(state.averages, loss, accuracy),
+            )
 
-        def part_of_an_epoch(carry, end):
+        def evaluated(state, number, step, due):
+            """The state with evaluation `number` after that step in its curves, if it is due."""
+
+            def evaluate():
+                return _evaluate(model, state.params, state.batch_stats, ds), probed(state, hyper, ds)
+
+            test, measured = _row_if(due, evaluate, (state.curves[2:], state.measured))
+            now = _diverged_step(state.diverged_step, test[0], step)
+            alive, averages = (state.diverged_step < 0, now < 0), state.averages
+            return state._replace(
+                diverged_step=now,
+                averages=jax.tree.map(lambda a, b: jnp.where(due, a, b), _no_steps(), averages),
+                curves=(
+                    *_put(state.curves[:2], number, averages[:2], due & alive[0]),
+                    *_put(state.curves[2:], number, test, due & alive[1]),
+                ),
+                measured=_put(state.measured, number + 1, measured, due),
+            )
+
+        def stretch(carry):
+            """The steps to the next evaluation, or to the end of the epoch or of this segment."""
             step, state, epoch, order = carry
-            here = step // steps_per_epoch
-            order = jax.lax.cond(here == epoch, lambda: order, lambda: order_of(here))
-            stop = jnp.minimum(end, (here + 1) * steps_per_epoch)
-            step, state = jax.lax.while_loop(
+            here, number = step // steps_per_epoch, step // every
+            of_use = (here != epoch) & goes_on(state)  # a shuffle takes as long as many steps
+            order = jax.lax.cond(of_use, lambda: order_of(here), lambda: order)
+            evaluation = jnp.where(number + 1 < num_evaluations, (number + 1) * every, config.steps)
+            stop = jnp.minimum(jnp.minimum(evaluation, (here + 1) * steps_per_epoch), until)
+            _, state = jax.lax.while_loop(
                 lambda carry: (carry[0] < stop) & goes_on(carry[1]),
                 lambda carry: (carry[0] + 1, take_step(carry[1], order, carry[0])),
                 (step, state),
             )
-            return step, state, here, order
+            return stop, evaluated(state, number, stop, stop == evaluation), here, order
 
-        def take_steps(carry, begin, end):
-            """The steps from one evaluation to the next; the order of the data is that of the epoch."""
-            return jax.lax.while_loop(
-                lambda carry: (carry[0] < end) & goes_on(carry[1]),
-                lambda carry: part_of_an_epoch(carry, end),
-                (begin, *carry),
-            )[1:]
+        first, until = jnp.int32(first), jnp.int32(until)
+        at_start = _row_if(first == 0, lambda: probed(state, hyper, ds), state.measured)
+        at_start = _put(state.measured, 0, at_start, first == 0)
+        begin = first, state._replace(step=until, measured=at_start), jnp.int32(-1), jnp.arange(num_train)
+        return jax.lax.while_loop(lambda carry: carry[0] < until, stretch, begin)[1]
 
-        def evaluated(carry, begin):
-            end = begin + steps // evaluations
-            state, *order = take_steps(carry, begin, end)
-            loss, accuracy, _ = state.averages
-            test_loss, test_accuracy, chance = _evaluate(
-                model, state.params, state.batch_stats, ds.test_x, ds.test_y
-            )
-            now = _diverged_step(state.diverged_step, test_loss, end)
-            curves = (
-                *_or_guessing(state.diverged_step, loss, accuracy, chance),
-                *_or_guessing(now, test_loss, test_accuracy, chance),
-            )
-            recorded = Recorded(curves, measure(state, hyper, ds))
-            return (state._replace(diverged_step=now, averages=_no_steps()), *order), recorded
+    return start, advance
 
-        first = jnp.int32(first)
-        epoch = first // steps_per_epoch
-        carry = (state, epoch, order_of(epoch))
-        if not evaluations:
-            return take_steps(carry, first, first + steps)[0], None
-        begins = first + steps // evaluations * jnp.arange(evaluations, dtype=jnp.int32)
-        (state, *_), recorded = jax.lax.scan(evaluated, carry, begins)
-        return state, recorded
 
-    return Run(start, measure, advance)
+def _row_if(due, function, like):
+    """What it returns if it is due, else zeros in the form of a row of those arrays."""
+    return jax.lax.cond(due, function, lambda: jax.tree.map(lambda a: jnp.zeros_like(a[0]), like))
+
+
+def _put(rows, number, values, where):
+    """Arrays [rows, ...] with these values in one row, where so."""
+    return jax.tree.map(lambda a, v: a.at[number].set(jnp.where(where, v, a[number])), rows, values)
 
 
 def _loss_and_accuracy(logits, labels):
@@ -318,24 +295,20 @@ def _diverged_step(before, loss, step):
     return jnp.where((before < 0) & ~jnp.isfinite(loss), step, before)
 
 
-def _or_guessing(diverged_step, loss, accuracy, chance):
-    """The loss and accuracy, or those of a run that has diverged."""
-    alive = diverged_step < 0
-    return jnp.where(alive, loss, jnp.inf), jnp.where(alive, accuracy, jnp.float32(chance))
-
-
 def _as_32_bit(hyper):
     """So that no 64-bit scalar, where these are on, widens the optimizer's state."""
     seed, *others = hyper
     return Hyperparams(jnp.asarray(seed).astype(jnp.uint32), *(jnp.asarray(v, jnp.float32) for v in others))
 
 
-def _evaluate(model, params, batch_stats, x, y):
-    """Loss and accuracy over a whole split, in evaluation mode, a batch at a time; and the accuracy of guessing."""
-    x, y = jnp.asarray(x), jnp.asarray(y)
+def _outputs(model, variables):
+    return lambda x: model.apply(*variables, x, train=False)[0]
 
-    def outputs(x):
-        return model.apply(params, batch_stats, x, train=False)[0]
+
+def _evaluate(model, params, batch_stats, ds):
+    """Loss and accuracy over the test split, in evaluation mode, a batch at a time."""
+    x, y = jnp.asarray(ds.test_x), jnp.asarray(ds.test_y)
+    outputs = _outputs(model, (params, batch_stats))
 
     def sums(x, y):
         return jnp.stack(_loss_and_accuracy(outputs(x), y)) * len(x)
@@ -346,28 +319,23 @@ def _evaluate(model, params, batch_stats, x, y):
     total = jax.lax.map(lambda batch: sums(*batch), tuple(batches)).sum(0)
     if whole < len(x):
         total = total + sums(x[whole:], y[whole:])
-    loss, accuracy = total / len(x)
-    return loss, accuracy, 1 / jax.eval_shape(outputs, x[:1]).shape[-1]
+    return tuple(total / len(x))
 
 
 def check(model: Model, ds: Dataset, config: TrainConfig) -> None:
     """Raises ValueError if the data does not fit itself, the batch size or the network's outputs."""
     _check_shapes(ds, config)
-    for split in ("train", "test"):
-        dtype = getattr(ds, f"{split}_x").dtype
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"{split}_x must be floating point, got {dtype}")
-    if ds.train_x.shape[1:] != ds.test_x.shape[1:]:
-        raise ValueError(
-            f"training examples {ds.train_x.shape[1:]} and test examples {ds.test_x.shape[1:]} differ in shape"
-        )
+    train, test = ds.train_x.shape[1:], ds.test_x.shape[1:]
+    if train != test:
+        raise ValueError(f"training examples {train} and test examples {test} differ in shape")
 
     def outputs():
-        params, batch_stats = model.init(jax.random.key(0), ds.train_x.shape[1:], 1.0)
-        return model.apply(params, batch_stats, jnp.asarray(ds.train_x[:2]), train=False)[0]
+        return _outputs(model, model.init(jax.random.key(0), train, 1.0))(jnp.asarray(ds.train_x[:2]))
 
     num_outputs = jax.eval_shape(outputs).shape[-1]
-    for split, y in (("train", ds.train_y), ("test", ds.test_y)):
+    for split, x, y in (("train", ds.train_x, ds.train_y), ("test", ds.test_x, ds.test_y)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{split}_x must be floating point, got {x.dtype}")
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise ValueError(f"{split} labels must be integers, got {y.dtype}")
         if y.min() < 0 or y.max() >= num_outputs:

@@ -1,9 +1,11 @@
-"""The data that flows through bnjax: NamedTuples and Protocols, nothing else.
+"""The data that flows through bnjax: NamedTuples and Protocols, and what is allowed in them.
 
 Axis letters, here and everywhere: N batch, C features, E evaluations, K classes.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -101,6 +103,29 @@ class Hyperparams(NamedTuple):
     learning_rate: jax.Array | float = 0.1
     momentum: jax.Array | float = 0.9
     weight_decay: jax.Array | float = 0.0
+
+
+class Range(NamedTuple):
+    """What a hyperparameter may be."""
+
+    dtype: np.dtype  # in the compiled program
+    low: float
+    closed: bool  # whether `low` itself is allowed
+    bound: float  # not allowed itself
+    words: str
+
+
+RANGES = MappingProxyType(
+    {
+        "seed": Range(np.dtype("uint32"), 0, True, 2**31, "a whole number in [0, 2^31)"),
+        "init_scale": Range(np.dtype("float32"), 0, False, math.inf, "positive and finite in float32"),
+        "learning_rate": Range(np.dtype("float32"), 0, False, math.inf, "positive and finite in float32"),
+        "momentum": Range(np.dtype("float32"), 0, True, 1, "in [0, 1) (the optimizer's)"),
+        "weight_decay": Range(
+            np.dtype("float32"), 0, True, math.inf, "zero or positive, and finite in float32"
+        ),
+    }
+)
 
 
 class Snapshot(NamedTuple):

@@ -253,10 +253,8 @@ def report(results: xr.Dataset, path: Path) -> None:
 
 def _in_words(plan):
     devices = plan["devices"]
-    return (
-        f"width {plan['width']} on {devices} device{'s' * (devices > 1)}, at most {plan['segment']} steps at once"
-        + (f"; {plan['narrowed']}" if "narrowed" in plan else "")
-    )
+    narrowed = f"; {plan['narrowed']}" if "narrowed" in plan else ""
+    return f"width {plan['width']} on {devices} device{'s' * (devices > 1)}{narrowed}"
 
 
 def table(accuracy: xr.DataArray, summaries: dict, results: xr.Dataset) -> Table:

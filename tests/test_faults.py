@@ -556,9 +556,10 @@ class TestOddFiles:
     def test_locks(self, copy_of, undisturbed, monkeypatch, hours):
         """Nobody is locked out by what a note says, or by clocks that differ."""
         path, now = copy_of("halfway"), time.time()
-        note = {"pid": os.getpid(), "host": "elsewhere", "since": now + 3600 * hours}
-        odd = [note | {name: value} for name in note for value in (None, "x", [1], -1, 1e300)]
-        for one in (*ODD, *(json.dumps(one).encode() for one in (*odd, note))):
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + 3600 * hours))
+        note = f"process {os.getpid()} on elsewhere (since {when} by its clock)".encode()
+        earlier = json.dumps({"pid": os.getpid(), "host": "elsewhere", "since": now}).encode()
+        for one in (*ODD, b"\x1b[31m\r\n" * 10**6, earlier, b"process 1 on m\xc3\xbcller \xff\x1b[31m", note):
             (path / files.LOCK).write_bytes(one)
             assert "4 of 8 cells done" in str(bnjax.status(path))
         monkeypatch.setattr(time, "time", lambda: now - 3600 * hours)

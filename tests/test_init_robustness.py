@@ -118,12 +118,10 @@ def test_whole_run(main, tmp_path, capsys):
 
 
 def test_a_plan_in_words():
-    stored = {"width": 16, "devices": 2, "segment": 6}
-    assert init_robustness._in_words(stored) == "width 16 on 2 devices, at most 6 steps at once"
+    stored = {"width": 16, "devices": 2}
+    assert init_robustness._in_words(stored) == "width 16 on 2 devices"
     narrowed = stored | {"devices": 1, "narrowed": "width 32 needs more"}
-    assert init_robustness._in_words(narrowed).endswith(
-        "16 on 1 device, at most 6 steps at once; width 32 needs more"
-    )
+    assert init_robustness._in_words(narrowed).endswith("16 on 1 device; width 32 needs more")
 
 
 def test_other_results_are_refused_unless_they_may_be_replaced(main, tmp_path):

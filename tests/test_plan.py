@@ -17,11 +17,14 @@ from bnjax.sweeps import plan, program
 MODEL = bnjax.mlp((8,), 4, norm="none")
 CONFIG = bnjax.TrainConfig(steps=6, batch_size=16)
 AXES = {"seed": range(5)}
-MADE = plan.Plan(16, (jax.devices()[0],) * 2, 6)
 
 
 def images(n=2):
     return bnjax.Dataset(*[np.zeros((n, 28, 28, 1), np.float32), np.zeros(n, np.int32)] * 2)
+
+
+def trainer(ds, config=CONFIG, model=MODEL, **options):
+    return program.trainers({"": model}, ds, config, {"": None}, **options)[""]
 
 
 def sweep(ds, axes=AXES, **options):
@@ -43,10 +46,9 @@ class TestBySize:
     def test_widths(self, features, cpu, gpu):
         model, parameters = bnjax.mlp(features), 784 * features[0] + 10 * features[-1] + 10
         parameters += sum(a * b for a, b in itertools.pairwise(features)) + 2 * sum(features)
-        device = mock.Mock(spec=jax.Device, platform="gpu")
-        for width, devices, room, most in ((cpu, None, 5 * 2**20, 16), (gpu, [device], 2**31, 256)):
-            found = plan.make_plan(model, images(), CONFIG, devices=devices)
-            assert found.width == width
+        for width, platform, room, most in ((cpu, "cpu", 5 * 2**20, 16), (gpu, "gpu", 2**31, 256)):
+            device = mock.Mock(spec=jax.Device, platform=platform)
+            assert plan.width_of(model, images(), device) == width
             assert width == 1 or width * 12 * parameters <= room
             assert width == most or 2 * width * 12 * parameters > room
 
@@ -65,14 +67,13 @@ class TestBySize:
             return y.sum(-1, keepdims=True)
 
         model = bnjax.Model(lambda key, shape, scale: (jax.random.normal(key, (784, 10)) * scale, ()), apply)
-        device = mock.Mock(spec=jax.Device, platform="gpu")
-        widths = [plan.make_plan(model, images(), CONFIG, devices=d).width for d in (None, [device])]
-        assert widths == [1, 256]
+        devices = [mock.Mock(spec=jax.Device, platform=platform) for platform in ("cpu", "gpu")]
+        assert [plan.width_of(model, images(), device) for device in devices] == [1, 256]
 
     def test_devices(self, blobs):
         count = len(jax.local_devices())
         assert count > 1
-        found = plan.make_plan(MODEL, blobs, CONFIG, width=3)
+        found = trainer(blobs, width=3)
         assert found.devices == tuple(jax.local_devices())
         assert (found.width, found.group) == (3, 3 * count)
 
@@ -80,26 +81,24 @@ class TestBySize:
     def test_segments_take_a_minute(self, width):
         """By the guess of the device's speed; the flops of a step are 6 for each parameter and example."""
         config = bnjax.TrainConfig(steps=10**9, batch_size=128)
-        found = plan.make_plan(bnjax.mlp(use_bias=False), images(), config, width=width)
+        found = trainer(images(128), config, bnjax.mlp(use_bias=False), width=width)
         parameters = 784 * 128 + 2 * 128**2 + 128 * 10 + 10 + 6 * 128
         seconds = found.segment * found.width * 6 * parameters * 128 / plan.CPU_FLOPS
         assert 0.99 * plan.SEGMENT_SECONDS < seconds <= plan.SEGMENT_SECONDS
 
-    def test_segments_of_short_runs_and_of_long_steps(self):
-        assert plan.make_plan(MODEL, images(), CONFIG).segment == 6
-        assert plan.make_plan(MODEL, images(), CONFIG, segment=4).segment == 4
-        assert plan.make_plan(MODEL, images(), CONFIG, segment=9).segment == 6
+    def test_segments_of_long_steps(self):
+        assert trainer(images(16), segment=4).segment == 4
         slow = dataclasses.replace(CONFIG, batch_size=10**9)
-        assert plan.make_plan(bnjax.mlp(), images(), slow).segment == 1
+        assert plan.segment_of(bnjax.mlp(), images(), slow, 1, jax.devices()[0]) == 1
 
     @pytest.mark.parametrize("name", ["width", "segment"])
     def test_below_one(self, blobs, name):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            plan.make_plan(MODEL, blobs, CONFIG, **{name: 0})
+            trainer(blobs, **{name: 0})
 
     def test_a_sweep_says_what_it_used(self, blobs):
         stored = sweep(blobs, width=4).attrs["plan"][""]
-        assert json.loads(json.dumps(stored)) == {"width": 4, "devices": 2, "segment": 6}
+        assert json.loads(json.dumps(stored)) == {"width": 4, "devices": 2}
 
     def test_no_other_way_is_taken(self, blobs):
         with pytest.raises(ValueError, match=r"plan='measure' is no longer taken: .* width= sets another"):
@@ -114,17 +113,17 @@ def test_groups(count, sizes):
 
 
 class TestFitting:
-    @pytest.fixture(autouse=True)
-    def memory(self, monkeypatch):
-        monkeypatch.setattr(plan, "_memory", lambda devices: 2**30)
+    @pytest.fixture
+    def made(self, blobs, monkeypatch):
+        monkeypatch.setattr(program, "memory", lambda devices: 2**30)
+        return trainer(blobs, width=16)
 
     @pytest.mark.parametrize(("each", "width"), [(2**26, 16), (2**26 + 1, 8), (2**28, 4), (2**30, 1)])
-    def test_the_widest_that_fits(self, each, width):
-        found = plan.fitting(MADE, lambda p: p.width * each, may_change=True)
-        needs = (
-            f"width {2 * width} needs {2 * width * each / 2**30:.2f} GiB of memory, and there are 1.00 GiB"
-        )
-        assert found == MADE._replace(width=width, narrowed=needs if width < 16 else None)
+    def test_the_widest_that_fits(self, made, monkeypatch, each, width):
+        monkeypatch.setattr(program, "memory_needed", lambda trainer: trainer.width * each)
+        found, needs = made.fitted(may_change=True), f"{2 * width * each / 2**30:.2f} GiB of memory"
+        words = f"width {2 * width} on 2 devices needs {needs}, and there are 1.00 GiB"
+        assert (found.width, found.narrowed) == (width, words if width < 16 else None)
 
     @pytest.mark.parametrize(
         ("each", "may_change", "words"),
@@ -137,38 +136,30 @@ class TestFitting:
             (2**31, True, "width 1 on 2 devices needs 2.00 GiB of memory, and there are 1.00 GiB$"),
         ],
     )
-    def test_none_does(self, each, may_change, words):
+    def test_none_does(self, made, monkeypatch, each, may_change, words):
+        monkeypatch.setattr(program, "memory_needed", lambda trainer: trainer.width * each)
         with pytest.raises(MemoryError, match=words):
-            plan.fitting(MADE, lambda p: p.width * each, may_change=may_change)
+            made.fitted(may_change=may_change)
 
-    def test_other_errors_of_the_compiler_are_no_matter_of_memory(self):
-        def needed(plan):
+    def test_other_errors_of_the_compiler_are_no_matter_of_memory(self, made, monkeypatch):
+        def needed(trainer):
             raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
+        monkeypatch.setattr(program, "memory_needed", needed)
         with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-            plan.fitting(MADE, needed, may_change=True)
-
-
-def trainer(ds, config, **options):
-    plans = {"": plan.make_plan(MODEL, ds, config, **options)}
-    return program.trainers({"": MODEL}, ds, config, {"": None}, plans)[""]
+            made.fitted(may_change=True)
 
 
 class TestMemory:
     def limit(self, monkeypatch, blobs, width):
         """Memory for that width, and no wider one."""
-        needed = program.memory_needed(trainer(blobs, CONFIG, width=width))
-        monkeypatch.setattr(plan, "_memory", lambda devices: needed)
+        needed = program.memory_needed(trainer(blobs, width=width))
+        monkeypatch.setattr(program, "memory", lambda devices: needed)
 
     @pytest.mark.slow
     def test_counts_what_the_program_takes(self, blobs):
-        def needed(config, width):
-            return program.memory_needed(trainer(blobs, config, width=width, segment=3))
-
-        data = sum(a.nbytes for a in blobs)
-        for steps in (3, 6):  # a program for whole runs, and one for segments
-            config = dataclasses.replace(CONFIG, steps=steps)
-            assert 2 * data < needed(config, 1) < needed(config, 64)
+        one, many = (program.memory_needed(trainer(blobs, width=width)) for width in (1, 64))
+        assert 2 * sum(a.nbytes for a in blobs) < one < many
 
     def test_a_narrower_plan_is_recorded(self, monkeypatch, blobs, tmp_path):
         path = tmp_path / "results"
@@ -176,7 +167,7 @@ class TestMemory:
         results = sweep(blobs, path=path)
         (stored,) = results.attrs["plan"].values()
         assert stored["width"] == 4
-        assert "width 8 needs" in stored["narrowed"]
+        assert "width 8 on 2 devices needs" in stored["narrowed"]
         assert bnjax.load_results(path).identical(results)
         assert results.drop_attrs().equals(sweep(blobs, width=4).drop_attrs())
         # another call goes on at the width that is there
@@ -205,7 +196,7 @@ class TestMemory:
         whole = program.memory_needed
 
         def memory_needed(trainer):
-            if trainer.plan.width > 4:
+            if trainer.width > 4:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
             return whole(trainer)
 
@@ -213,17 +204,17 @@ class TestMemory:
         results = sweep(blobs)
         (stored,) = results.attrs["plan"].values()
         assert stored["width"] == 4
-        assert stored["narrowed"] == "width 8 needs more memory than the compiler found"
+        assert stored["narrowed"] == "width 8 on 2 devices needs more memory than the compiler found"
         assert results.drop_attrs().equals(sweep(blobs, width=4).drop_attrs())
 
     def test_a_container_has_less(self, monkeypatch, tmp_path):
         limits = [tmp_path / name for name in ("absent", "none", "some")]
         limits[1].write_text("max\n")
         monkeypatch.setattr(plan, "CONTAINER_LIMITS", limits[:2])
-        assert plan._memory(jax.devices()) > 2**27
+        assert plan.memory(jax.devices()) > 2**27
         limits[2].write_text(f"{2**27}\n")
         monkeypatch.setattr(plan, "CONTAINER_LIMITS", limits)
-        assert plan._memory(jax.devices()) == 2**27
+        assert plan.memory(jax.devices()) == 2**27
 
     @pytest.mark.parametrize(
         ("stats", "expected"), [({"bytes_limit": 5}, 10), ({}, math.inf), (None, math.inf)]
@@ -231,9 +222,9 @@ class TestMemory:
     def test_of_accelerators(self, stats, expected):
         device = mock.Mock(spec=jax.Device, platform="gpu")
         device.memory_stats.return_value = stats
-        assert plan._memory((device, device)) == expected
+        assert plan.memory((device, device)) == expected
 
     def test_one_network_is_too_large(self, monkeypatch, blobs):
-        monkeypatch.setattr(plan, "_memory", lambda devices: 1000)
+        monkeypatch.setattr(program, "memory", lambda devices: 1000)
         with pytest.raises(MemoryError, match="width 1 on 2 devices needs"):
             sweep(blobs)

@@ -181,22 +181,23 @@ def test_test_split_is_evaluated_whole(blobs, monkeypatch):
     np.testing.assert_allclose(found.test_accuracy, expected.test_accuracy, rtol=1e-6)
 
 
-class TestPieces:
-    @pytest.mark.parametrize("every", [None, 1, 4, 5, 11, 12])
-    @pytest.mark.parametrize("segment", [None, 1, 2, 4, 5, 9, 11, 20])
-    def test_are_the_run(self, every, segment):
-        config = bnjax.TrainConfig(steps=11, eval_every=every)
-        first, evaluated = 0, []
-        for start, steps, evaluations in training.pieces(config, segment):
-            assert start == first
-            assert 1 <= steps <= (segment or 11)
-            evaluated += [start + steps * (i + 1) // evaluations for i in range(evaluations)]
-            first += steps
-        assert first == 11
-        assert tuple(evaluated) == config.eval_steps
-
-    def test_are_few(self):
-        assert training.pieces(bnjax.TrainConfig(steps=11, eval_every=4)) == [(0, 8, 2), (8, 3, 1)]
+@pytest.mark.parametrize(
+    "every", [None, 4, 11, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5, 12))]
+)
+def test_a_run_in_pieces_is_the_run(blobs, every):
+    """Bit for bit, with one program, wherever it is cut; steps 3, 6 and 9 end an epoch."""
+    config = bnjax.TrainConfig(steps=11, batch_size=len(blobs.train_x) // 3, eval_every=every)
+    start, advance = training.make_run(bnjax.mlp((16,), 10), config)
+    hyper, advance = bnjax.Hyperparams(seed=3), jax.jit(advance)
+    begin = jax.jit(start)(hyper, blobs)
+    whole = advance(begin, hyper, blobs, 0, 11)
+    assert np.isfinite(whole.history.test_loss).all()
+    for segment in (1, 2, 3, 4, 5, 9):
+        state = begin
+        for first in range(0, 11, segment):
+            state = advance(state, hyper, blobs, first, min(first + segment, 11))
+        jax.tree.map(np.testing.assert_array_equal, state, whole)
+    assert advance._cache_size() == 1
 
 
 class TestDivergence:
@@ -311,17 +312,15 @@ def expected_of_the_doomed(doom, config):
 
 def parts_of_the_doomed(config, segment=None, **options):
     """train(doom, ds) -> (History, number of steps that were taken), in segments."""
-    run = training.make_run(doomed(), config, **options)
+    start, advance = training.make_run(doomed(), config, **options)
 
     def train(doom, ds):
         hyper = bnjax.Hyperparams(init_scale=doom, learning_rate=1.0, momentum=0.0)
-        state = run.start(hyper, ds)
-        parts = []
-        for first, steps, evaluations in training.pieces(config, segment):
-            state, recorded = run.advance(state, hyper, ds, first, steps, evaluations)
-            parts += [recorded] * bool(evaluations)
-        recorded = jax.tree.map(lambda *v: jnp.concatenate(v), *parts)
-        return training.history_of(state.diverged_step, recorded), state.batch_stats["steps"]
+        state = start(hyper, ds)
+        length = segment or config.steps
+        for first in range(0, config.steps, length):
+            state = advance(state, hyper, ds, first, min(first + length, config.steps))
+        return state.history, state.batch_stats["steps"]
 
     return train
 
@@ -378,9 +377,41 @@ class TestNoFurtherStepIsTaken:
     def test_but_as_long_as_one_goes_on(self):
         assert self.steps([LOSS + 3, LOSS + 99, LOSS]) == [20] * 3
 
+    @pytest.mark.parametrize("axis_name", [None, "cells"])
+    def test_nor_is_the_data_shuffled(self, monkeypatch, axis_name):
+        """5 steps an epoch; a run by itself, and several."""
+        shuffles, whole = [], jax.random.permutation
+
+        def counted(key, n):
+            jax.debug.callback(lambda: shuffles.append(n))
+            return whole(key, n)
+
+        monkeypatch.setattr(jax.random, "permutation", counted)
+        train = parts_of_the_doomed(self.config, axis_name=axis_name)
+        if axis_name:
+            train = jax.vmap(train, (0, None), axis_name=axis_name)
+        dooms = np.float32(LOSS + 3 if axis_name is None else [LOSS + 3, LOSS + 7])
+        jax.block_until_ready(jax.jit(train)(dooms, zeros(5)))
+        jax.effects_barrier()
+        assert len(shuffles) == (1 if axis_name is None else 2)
+
     def test_but_in_probed_runs(self):
         probe = bnjax.Probe(lambda s: {"n": s.params["n"]})
         assert self.steps([LOSS + 3, LOSS + 9], probe=probe) == [20] * 2
+
+
+def test_is_in_32_bit_where_64_are_on(blobs):
+    """Over an interval that is cut, and a last one that is shorter."""
+    config = bnjax.TrainConfig(steps=11, batch_size=32, eval_every=4)
+    expected = jax.jit(bnjax.make_train(bnjax.mlp((16,), 10), config))(bnjax.Hyperparams(seed=3), blobs)
+    with jax.enable_x64(True):
+        start, advance = training.make_run(bnjax.mlp((16,), 10), config)
+        state = jax.jit(start)(bnjax.Hyperparams(seed=3), blobs)
+        for first, until in ((0, 6), (6, 11)):
+            state = jax.jit(advance)(state, bnjax.Hyperparams(seed=3), blobs, first, until)
+    assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(state)} <= {1, 4}
+    for found, wanted in zip(state.history, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)  # the order of float32 sums
 
 
 def test_frozen_kernels_stay_even_under_weight_decay(blobs):

@@ -2,12 +2,11 @@
 
 In a folder a file is written under a temporary name, synced to the disk and linked to its own name, so that a name
 never stands for part of a file. An object store does the same by a conditional put (obstore). Nothing that stands is
-replaced, but for two things that no reader of results relies on: the export, and the note who is writing.
+replaced, but for two things that no reader of results relies on: the export, and the lock, which says who is writing.
 """
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import socket
@@ -95,8 +94,8 @@ class Folder:
             return found.st_ino, found.st_ctime_ns
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[dict[str, Any]]:
-        """While it lasts this process is the writer; yields the note of the one before.
+    def writing(self) -> Iterator[str]:
+        """While it lasts this process is the writer; yields the one before, in words.
 
         Raises:
           Busy: if another run is writing, by a lock that the kernel drops when its process dies.
@@ -109,21 +108,21 @@ class Folder:
             until = time.monotonic() + 1  # who only looks for a writer has it for a moment, too
             while not _locked(lock, exclusive=True):
                 if time.monotonic() > until:
-                    raise Busy(f"{self.name}: {in_words(_note(self.get(LOCK)))} is writing there")
+                    raise Busy(f"{self.name}: {_words(self.get(LOCK)) or 'another process'} is writing there")
                 time.sleep(0.05)
-            before = _note(self.get(LOCK))
+            before = _words(self.get(LOCK))
             with self._named():
                 os.truncate(lock, 0)
-                os.pwrite(lock, _my_note(), 0)
+                os.pwrite(lock, _who(), 0)
             yield before
 
     def writer(self) -> str:
         """Who is writing, in words."""
         with contextlib.suppress(OSError), (self.root / LOCK).open("rb") as lock:
-            note = _note(lock.read())
+            who = _words(lock.read())
             if not _locked(lock, exclusive=False):
-                return f"{in_words(note)} is writing there"
-            return f"nobody on this host is writing there{_last(note)}"
+                return f"{who or 'another process'} is writing there"
+            return "nobody on this host is writing there" + f"; last written by {who}" * bool(who)
         return "nobody is writing there"
 
     @contextlib.contextmanager
@@ -163,14 +162,14 @@ class Bucket:
             return bytes(self._obstore.get(self._store, key).bytes())
 
     def create(self, key: str, data: bytes) -> bool:  # noqa: D102
-        with contextlib.suppress(FileExistsError), self._named():
-            self._obstore.put(self._store, key, data, mode="create")
+        with contextlib.suppress(FileExistsError):
+            self.put(key, data, mode="create")
             return True
         return False
 
-    def put(self, key: str, data: bytes) -> None:  # noqa: D102
+    def put(self, key: str, data: bytes, mode: str = "overwrite") -> None:  # noqa: D102
         with self._named():
-            self._obstore.put(self._store, key, data)
+            self._obstore.put(self._store, key, data, mode=mode)
 
     def delete(self, key: str) -> None:  # noqa: D102
         with contextlib.suppress(FileNotFoundError), self._named():
@@ -192,13 +191,14 @@ class Bucket:
         """There is none."""
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[dict[str, Any]]:  # noqa: D102
-        before = _note(self.get(LOCK))
-        self.put(LOCK, _my_note())
+    def writing(self) -> Iterator[str]:  # noqa: D102
+        before = _words(self.get(LOCK))
+        self.put(LOCK, _who())
         yield before
 
     def writer(self) -> str:  # noqa: D102
-        return f"whether anybody is writing there is not known{_last(_note(self.get(LOCK)))}"
+        who = _words(self.get(LOCK))
+        return "whether anybody is writing there is not known" + f"; last written by {who}" * bool(who)
 
     @contextlib.contextmanager
     def _named(self):
@@ -257,30 +257,15 @@ def files_at(path: PathLike) -> Folder | Bucket:
     )
 
 
-def in_words(note: dict[str, Any]) -> str:
-    """Who wrote it, and when by its own clock."""
-    if not note:
-        return "another process"
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(note["since"]))
-    return f"process {note['pid']} on {note['host']} (since {when} by its clock)"
+def _who():
+    """What the lock says of this process."""
+    return f"process {os.getpid()} on {HOST} (since {time.strftime('%Y-%m-%d %H:%M')} by its clock)".encode()
 
 
-def _last(note):
-    return f"; last written by {in_words(note)}" if note else ""
-
-
-def _my_note():
-    return json.dumps({"pid": os.getpid(), "host": HOST, "since": time.time()}).encode()
-
-
-def _note(text):
-    """What it holds; nothing if it is not what `_my_note` writes."""
-    try:
-        found = json.loads(text)
-        note = {"pid": int(found["pid"]), "host": str(found["host"])[:100], "since": float(found["since"])}
-        return note if in_words(note) else {}
-    except Exception:  # whatever odd bytes raise
-        return {}
+def _words(text):
+    """What the lock says; nothing if it is not what `_who` writes."""
+    found = "".join(filter(str.isprintable, (text or b"")[:200].decode(errors="ignore")))
+    return found if found.startswith("process ") else ""
 
 
 def _locked(file, *, exclusive):

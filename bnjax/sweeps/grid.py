@@ -1,36 +1,24 @@
 """The grid of a sweep: labelled axes -> cells, in row-major order."""
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from bnjax import choices
-from bnjax.types import Hyperparams
-
-# name: (dtype in the compiled program, smallest, whether it is allowed itself, bound, what that says)
-_RANGES = {
-    "seed": (np.uint32, 0, True, 2**31, "a whole number in [0, 2^31)"),
-    "init_scale": (np.float32, 0, False, math.inf, "positive and finite in float32"),
-    "learning_rate": (np.float32, 0, False, math.inf, "positive and finite in float32"),
-    "momentum": (np.float32, 0, True, 1, "in [0, 1) (the optimizer's)"),
-    "weight_decay": (np.float32, 0, True, math.inf, "zero or positive, and finite in float32"),
-}
-DTYPES = {name: np.dtype(found[0]) for name, found in _RANGES.items()}
+from bnjax.types import RANGES, Hyperparams
 
 
-def check_value(name: str, value: Any) -> None:
-    """Raises ValueError unless `value` is allowed for the hyperparameter `name`."""
-    choices.check("axis", name, Hyperparams._fields)
-    dtype, low, closed, bound, allowed = _RANGES[name]
-    number = np.asarray(value)
-    if number.ndim == 0 and number.dtype.kind in ("iu" if dtype is np.uint32 else "iuf"):
+def _check_value(name, value):
+    """Raises ValueError unless it is allowed for that hyperparameter."""
+    allowed, number = RANGES[name], np.asarray(value)
+    whole = allowed.dtype.kind == "u"
+    if number.ndim == 0 and number.dtype.kind in ("iu" if whole else "iuf"):
         with np.errstate(over="ignore", under="ignore"):
-            used = number.astype(np.float64 if dtype is np.uint32 else dtype)  # what the program sees
-        if (used > low or (closed and used == low)) and used < bound:
+            used = number.astype(np.float64 if whole else allowed.dtype)  # what the program sees
+        if (used > allowed.low or (allowed.closed and used == allowed.low)) and used < allowed.bound:
             return
-    raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    raise ValueError(f"{name} must be {allowed.words}, got {value!r}")
 
 
 def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
@@ -41,7 +29,7 @@ def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
         compiled program), or a value out of range.
     """
     for name, value in hyper._asdict().items():
-        check_value(name, value)
+        _check_value(name, value)
     result = {}
     for name, values in axes.items():
         choices.check("axis", name, Hyperparams._fields)
@@ -51,8 +39,8 @@ def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
         if not values:
             raise ValueError(f"axis {name} is empty")
         for value in values:
-            check_value(name, value)
-        used, counts = np.unique(np.asarray(values).astype(DTYPES[name]), return_counts=True)
+            _check_value(name, value)
+        used, counts = np.unique(np.asarray(values).astype(RANGES[name].dtype), return_counts=True)
         if (counts > 1).any():
             raise ValueError(
                 f"axis {name} has duplicate values: {', '.join(f'{v:g}' for v in used[counts > 1])}"
@@ -67,7 +55,7 @@ def cells(axes: Mapping[str, np.ndarray], hyper: Hyperparams) -> Hyperparams:
     mesh = dict(zip(axes, np.meshgrid(*axes.values(), indexing="ij"), strict=True))
     return Hyperparams(
         **{
-            name: np.broadcast_to(mesh.get(name, value), shape).reshape(-1).astype(DTYPES[name])
+            name: np.broadcast_to(mesh.get(name, value), shape).reshape(-1).astype(RANGES[name].dtype)
             for name, value in hyper._asdict().items()
         }
     )
@@ -77,7 +65,7 @@ def positions(axes: Mapping[str, np.ndarray], hyper: Hyperparams, wanted: Hyperp
     """Where cells (in the precision of the compiled program) are in the order of `cells`; -1: nowhere. [wanted]."""
     place, inside = np.zeros(len(wanted.seed), np.int64), np.ones(len(wanted.seed), bool)
     for name in [*axes, *(set(Hyperparams._fields) - {*axes})]:
-        used = np.atleast_1d(axes.get(name, getattr(hyper, name))).astype(DTYPES[name])
+        used = np.atleast_1d(axes.get(name, getattr(hyper, name))).astype(RANGES[name].dtype)
         order = np.argsort(used)
         at = order[np.minimum(np.searchsorted(used[order], getattr(wanted, name)), len(used) - 1)]
         inside &= used[at] == getattr(wanted, name)

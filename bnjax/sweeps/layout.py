@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -12,11 +12,11 @@ import numpy as np
 import xarray as xr
 
 from bnjax import export
-from bnjax.export import Damaged, first_line
+from bnjax.export import Damaged
 from bnjax.sweeps import grid
 from bnjax.types import Hyperparams
 
-IDENTITY = re.compile(r"[0-9a-f]+(\.[1-9][0-9]{0,9}){2}")  # with a width and a segment
+IDENTITY = re.compile(r"[0-9a-f]+(\.[1-9][0-9]{0,9}){1,2}")  # with a width (once also with a segment)
 
 
 class Variable(NamedTuple):
@@ -34,7 +34,7 @@ class Layout:
     models: Mapping[str, tuple[str, ...]]  # name: the identities whose cells count, the first its own
     labelled: bool  # whether there is a dimension "model"
     axes: Mapping[str, np.ndarray]
-    further: Mapping[str, np.ndarray]  # the coordinates of the other dimensions
+    further: Mapping[str, Sequence]  # the coordinates of the other dimensions
     variables: Mapping[str, Variable]
     attributes: Mapping[str, Any]
 
@@ -44,8 +44,13 @@ class Layout:
         return Hyperparams(**self.attributes["hyper"])
 
     @property
+    def cells(self) -> Hyperparams:
+        """All of the grid, [cells] each."""
+        return grid.cells(self.axes, self.hyper)
+
+    @property
     def bases(self) -> dict[str, str]:
-        """What each network computes: its own identity without width and segment."""
+        """What each network computes: its own identity without the width."""
         return {name: parsed(ids[0])[0] for name, ids in self.models.items()}
 
     @property
@@ -53,13 +58,23 @@ class Layout:
         """Of all cells that count."""
         return {identity for ids in self.models.values() for identity in ids}
 
+    def compared(self, name: str) -> Any:
+        """What is said of the models, the configuration, ...; of the plan the widths."""
+        widths = {model: {"width": parsed(ids[0])[1]} for model, ids in self.models.items()}
+        return widths if name == "plan" else self.attributes.get(name)
+
+    @property
+    def frame(self) -> dict[str, Any]:
+        """What no change can be allowed in."""
+        variables = {name: [list(v.dims), v.dtype] for name, v in self.variables.items()}
+        return {
+            "further": {dim: list(values) for dim, values in self.further.items()},
+            "variables": variables,
+        }
+
     def positions(self, cells: Hyperparams) -> np.ndarray:
         """Where these cells are in the grid; -1: nowhere."""
         return grid.positions(self.axes, self.hyper, cells)
-
-    def extent(self, name: str) -> tuple[int, ...]:
-        """Of a variable, beside the model and the axes."""
-        return tuple(len(self.further[dim]) for dim in self.variables[name].dims)
 
     def to_bytes(self) -> bytes:
         """As JSON, after its digest."""
@@ -68,86 +83,70 @@ class Layout:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Layout":
-        """The inverse.
-
-        Raises:
-          Damaged: if it is not what `to_bytes` wrote.
-        """
-        try:
-            found, _, body = data.partition(b"\n")
-            if found.decode() != digest(body):
-                raise ValueError("its digest differs")
-            given = json.loads(body)
-            given["models"] = {name: tuple(ids) for name, ids in given["models"].items()}
-            given["variables"] = {name: Variable(*v) for name, v in given["variables"].items()}
-            given["further"] = {name: _objects(values) for name, values in given["further"].items()}
-            given["axes"] = grid.check(given["axes"], Hyperparams(**given["attributes"]["hyper"]))
-            found = cls(**given)
-            if any(np.dtype(v.dtype).kind not in "bifu" for v in found.variables.values()):
-                raise ValueError("the type of a variable")
-            if not all([found.models, *found.models.values(), *map(IDENTITY.fullmatch, found.identities)]):
-                raise ValueError("its models")
-            _ = View(found).dataset(), compared(found.attributes, "plan")
-            return found
-        except Exception as error:  # whatever odd bytes raise
-            raise Damaged(f"cannot be read ({first_line(error)})") from None
+        """The inverse. Raises an error if it is none."""
+        found, _, body = data.partition(b"\n")
+        if found.decode() != digest(body):
+            raise ValueError("its digest differs")
+        given = json.loads(body)
+        given["models"] = {name: tuple(ids) for name, ids in given["models"].items()}
+        given["variables"] = {name: Variable(*v) for name, v in given["variables"].items()}
+        given["axes"] = grid.check(given["axes"], Hyperparams(**given["attributes"]["hyper"]))
+        found = cls(**given)
+        if any(np.dtype(v.dtype).kind not in "bifu" for v in found.variables.values()):
+            raise ValueError("the type of a variable")
+        if not all([found.models, *found.models.values(), *map(IDENTITY.fullmatch, found.identities)]):
+            raise ValueError("its models")
+        _ = View(found).dataset()
+        return found
 
 
 class View:
     """The values of a grid's cells, as far as they are known: {variable: [models, cells, ...]}, `done` among them."""
 
     def __init__(self, layout: Layout):
-        self.layout, shape = layout, (len(layout.models), math.prod(len(v) for v in layout.axes.values()))
-        self.done = np.zeros(shape, bool)
-        self.values = {
-            name: np.full((*shape, *layout.extent(name)), export.nothing(v.dtype), v.dtype)
-            for name, v in layout.variables.items()
-        }
+        self.layout, models = layout, {"model": [*layout.models]} if layout.labelled else {}
+        self._coordinates = models | {**layout.axes, **layout.further}
+        dims, count = (*models, *layout.axes), math.prod(len(values) for values in layout.axes.values())
+        done = Variable((), "bool", {"long_name": "whether the cell is done"})
+        self._variables, self.values = {}, {}
+        for name, v in {**layout.variables, "done": done}.items():
+            shape = [len(self._coordinates[dim]) for dim in (*dims, *v.dims)]
+            array = np.full(shape, export.nothing(v.dtype), v.dtype)
+            self._variables[name] = ((*dims, *v.dims), array, dict(v.attrs))
+            self.values[name] = array.reshape(
+                len(layout.models), count, *shape[len(dims) :]
+            )  # the same memory
+        self.done = self.values["done"]
 
     def place(self, identity: str, cells: Hyperparams, values: Mapping[str, np.ndarray]) -> None:
-        """Puts cells where they belong; those that the grid does not have, nowhere."""
+        """Puts cells where they belong; those that the grid does not have, nowhere.
+
+        Raises:
+          Damaged: if the values have other names, types or shapes.
+        """
         at = self.layout.positions(cells)
-        inside = at >= 0
+        inside, values = at >= 0, {**values, "done": np.ones(len(at), bool)}
+        forms = {name: (v.dtype, (len(at), *v.shape[2:])) for name, v in self.values.items()}
+        if {name: (value.dtype, value.shape) for name, value in values.items()} != forms:
+            raise Damaged("holds other variables")
         for i, identities in enumerate(self.layout.models.values()):
             if identity in identities:
-                self.done[i, at[inside]] = True
                 for name, value in self.values.items():
                     value[i, at[inside]] = values[name][inside]
 
     def dataset(self) -> xr.Dataset:
         """The labelled data set; with `done` where not all is."""
-        layout = self.layout
-        done = Variable((), "bool", {"long_name": "whether the cell is done"})
-        shape = [len(layout.models)] * layout.labelled + [len(values) for values in layout.axes.values()]
-        dims = ("model",) * layout.labelled + tuple(layout.axes)
-        found = {
-            name: ((*dims, *v.dims), value.reshape((*shape, *value.shape[2:])), dict(v.attrs))
-            for (name, v), value in zip(
-                [*layout.variables.items(), ("done", done)], [*self.values.values(), self.done], strict=True
-            )
-        }
-        coordinates = {**layout.axes, **layout.further} | (
-            {"model": list(layout.models)} if layout.labelled else {}
-        )
-        identities = {name: list(ids) for name, ids in layout.models.items()}
-        found = xr.Dataset(
-            found,
-            {name: (name, _objects(values)) for name, values in coordinates.items()},
-            {**layout.attributes, "identity": identities},
-        )
+        coordinates = {name: (name, _objects(values)) for name, values in self._coordinates.items()}
+        identities = {name: list(ids) for name, ids in self.layout.models.items()}
+        attributes = {**self.layout.attributes, "identity": identities}
+        found = xr.Dataset(self._variables, coordinates, attributes)
         return found.drop_vars("done") if self.done.all() else found
 
 
-def compared(attributes: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """What must agree: of a plan the width and the segment."""
-    value = attributes.get(name) or {}
-    return value if name != "plan" else {m: {k: p[k] for k in ("width", "segment")} for m, p in value.items()}
-
-
-def parsed(identity: str) -> tuple[str, int, int]:
-    """(what the network computes, width, segment)."""
-    base, width, segment = identity.split(".")
-    return base, int(width), int(segment)
+def parsed(identity: str) -> tuple[str, int]:
+    """(what the network computes, width)."""
+    base, width, *_ = identity.split(".")
+    return base, int(width)
 
 
 def digest(data: bytes) -> str:

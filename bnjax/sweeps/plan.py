@@ -1,16 +1,15 @@
 """How many cells run together on the devices at hand, and how long: chosen by size.
 
-A cell's result may differ in its last bits between widths, and between segments of a run, so that both are part of
-what stored results are known by. They depend on the network, the configuration and the kind of device alone.
+A cell's result may differ in its last bits between widths, so that the width is part of what stored results are known
+by. It depends on the network and the kind of device alone.
 """
 
 import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 
@@ -30,60 +29,33 @@ CPU_FLOPS, ACCELERATOR_FLOPS = 5e10, 5e12
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-class Plan(NamedTuple):
-    """How cells are run."""
-
-    width: int  # cells vmapped together on one device
-    devices: tuple[jax.Device, ...]  # each runs `width` cells at a time
-    segment: int  # most steps in one call of the compiled program
-    narrowed: str | None = None  # why the width is less than it was meant to be
-
-    @property
-    def group(self) -> int:
-        """Cells in one call of the compiled program."""
-        return self.width * len(self.devices)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        found = self._asdict() | {"devices": len(self.devices)}
-        return {name: value for name, value in found.items() if value is not None}
-
-
-def make_plan(
-    model: Model,
-    ds: Dataset,
-    config: TrainConfig,
-    *,
-    width: int | None = None,
-    segment: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
-) -> Plan:
-    """Chooses the width and the segment, unless they are given, by the size of the network's parameters.
-
-    Raises:
-      ValueError: if one that is given is below 1.
-    """
-    devices = tuple(devices or jax.local_devices())
-    for name, value in {"width": width, "segment": segment}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    x = jax.ShapeDtypeStruct((2, *ds.train_x.shape[1:]), ds.train_x.dtype)
-    size, num_bytes, convolves = _size(model.init, model.apply, x)
-    cpu = devices[0].platform == "cpu"
-    if width is None:
-        memory, most = (CPU_CACHE_BYTES, CPU_MAX_WIDTH) if cpu else (ACCELERATOR_BYTES, ACCELERATOR_MAX_WIDTH)
-        width = 2 ** int(math.log2(min(most, max(1, memory // max(3 * num_bytes, 1)))))
+def width_of(model: Model, ds: Dataset, device: jax.Device) -> int:
+    """Cells that are vmapped together on such a device, by the size of the network's parameters."""
+    _, num_bytes, convolves = _size(model, ds)
+    cpu = device.platform == "cpu"
+    if cpu and convolves:
         # Under vmap a convolution becomes a grouped one, at which XLA's CPU backend is slow: a network of two had 0.9,
         # 0.8 and 0.4 times the speed at widths 2, 4 and 16.
-        width = 1 if cpu and convolves else width
-    step_seconds = width * 6 * max(size, 1) * config.batch_size / (CPU_FLOPS if cpu else ACCELERATOR_FLOPS)
-    steps = segment or max(1, int(SEGMENT_SECONDS / step_seconds))
-    return Plan(width, devices, min(steps, config.steps))
+        return 1
+    memory, most = (CPU_CACHE_BYTES, CPU_MAX_WIDTH) if cpu else (ACCELERATOR_BYTES, ACCELERATOR_MAX_WIDTH)
+    return 2 ** int(math.log2(min(most, max(1, memory // max(3 * num_bytes, 1)))))
+
+
+def segment_of(model: Model, ds: Dataset, config: TrainConfig, width: int, device: jax.Device) -> int:
+    """Most steps in one call of the compiled program, for it to take about a minute."""
+    flops = CPU_FLOPS if device.platform == "cpu" else ACCELERATOR_FLOPS
+    step_seconds = width * 6 * max(_size(model, ds)[0], 1) * config.batch_size / flops
+    return max(1, int(SEGMENT_SECONDS / step_seconds))
+
+
+def _size(model, ds):
+    """The number of parameters, their bytes, and whether there are convolutions."""
+    x = jax.ShapeDtypeStruct((2, *ds.train_x.shape[1:]), ds.train_x.dtype)
+    return _size_at(model.init, model.apply, x)
 
 
 @functools.lru_cache(maxsize=16)
-def _size(init, apply, x):
-    """The number of parameters, their bytes, and whether there are convolutions."""
+def _size_at(init, apply, x):
     state = jax.eval_shape(lambda: init(jax.random.key(0), x.shape[1:], 1.0))
     program = jax.make_jaxpr(functools.partial(apply, train=False))(*state, x)
     leaves = [(math.prod(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(state[0])]
@@ -91,32 +63,7 @@ def _size(init, apply, x):
     return size, num_bytes, "conv_general_dilated" in str(program)
 
 
-def fitting(plan: Plan, needed: Callable[[Plan], int], *, may_change: bool) -> Plan:
-    """The plan, or the widest narrower one whose program fits into the devices' memory.
-
-    `needed` gives the bytes on all devices together, by the compiler's own count.
-
-    Raises:
-      MemoryError: if none fits, or a narrower one would and the width must not change.
-    """
-    available = _memory(plan.devices)
-    while True:
-        try:
-            takes = needed(plan)
-            if takes <= available:
-                return plan
-            needs = f"needs {takes / 2**30:.2f} GiB of memory, and there are {available / 2**30:.2f} GiB"
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            needs = "needs more memory than the compiler found"
-        if plan.width == 1 or not may_change:
-            advice = ": use a smaller width" if plan.width > 1 else ""
-            raise MemoryError(f"width {plan.width} on {len(plan.devices)} devices {needs}{advice}")
-        plan = plan._replace(width=plan.width // 2, narrowed=f"width {plan.width} {needs}")
-
-
-def _memory(devices) -> float | int:
+def memory(devices: Sequence[jax.Device]) -> float | int:
     """Bytes of all the devices together; infinite if it is not known."""
     stats = devices[0].memory_stats() or {}
     if "bytes_limit" in stats or devices[0].platform != "cpu":

@@ -14,13 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnjax.sweeps import grid
-from bnjax.training import TrainConfig, make_train
-from bnjax.types import Dataset, Hyperparams, Model, Probe
+from bnjax import compilation
+from bnjax.training import TrainConfig
+from bnjax.types import Dataset, Hyperparams, Model
 from bnjax.version import __version__
 
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "xarray", "zarr")
-ISA = ("avx512f", "avx2", "avx", "asimd")  # what decides which instructions XLA uses, best first
 
 
 def describe(
@@ -53,26 +52,14 @@ def describe(
         raise ValueError(f"about and the networks' config must be what JSON holds: {error}") from None
 
 
-def identity(
-    model: Model, ds: Dataset, config: TrainConfig, device: jax.Device, probe: Probe | None, data: str
-) -> str:
-    """A digest of what decides a cell's results, but for its hyperparameters, width and segment.
+def identity(program: str, data: str, device: jax.Device) -> str:
+    """A digest of what decides a cell's results, but for its hyperparameters and the width.
 
-    It is of the program of one cell as the compiler is given it, with its probe (its text without places in the
-    source, so that a docstring changes nothing and a changed computation does), of the data (its `fingerprint`), of
-    jaxlib and of the kind of processor.
+    It is of the program of one cell as the compiler is given it, with its probe (`Trainer.text`), of the data
+    (its `fingerprint`), of jaxlib and of the kind of processor.
     """
-    shapes = Dataset(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in ds))
-    program = _program(model.init, model.apply, config, probe, shapes)
     parts = [program, data, metadata.version("jaxlib"), *_kind(device).values()]
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=12).hexdigest()
-
-
-@functools.lru_cache(maxsize=16)
-def _program(init, apply, config, probe, shapes):
-    hyper = Hyperparams(*(jax.ShapeDtypeStruct((), dtype) for dtype in grid.DTYPES.values()))
-    lowered = jax.jit(make_train(Model(init, apply), config, probe)).lower(hyper, shapes)
-    return hashlib.blake2b(lowered.as_text().encode(), digest_size=16).hexdigest()
 
 
 def fingerprint(ds: Dataset) -> str:
@@ -86,7 +73,7 @@ def fingerprint(ds: Dataset) -> str:
 
 
 def _kind(device):
-    return {"kind": device.device_kind, "isa": isa() if device.platform == "cpu" else ""}
+    return {"kind": device.device_kind, "isa": compilation.isa() if device.platform == "cpu" else ""}
 
 
 def versions() -> dict[str, str]:
@@ -100,23 +87,6 @@ def _code():
     """A digest of the package's own source."""
     files = sorted(Path(__file__).parents[1].rglob("*.py"))
     return hashlib.blake2b(b"".join(path.read_bytes() for path in files), digest_size=8).hexdigest()
-
-
-def isa() -> str:
-    """The machine's architecture, and of the vector instructions known here the widest that it has."""
-    words = processor().get("flags", processor().get("features", "")).split()
-    return " ".join([platform.machine(), *[name for name in ISA if name in words][:1]])
-
-
-@functools.cache
-def processor() -> dict[str, str]:
-    """What the system says of the first core; nothing where it does not."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return {}
-    lines = (line.partition(":") for line in first.splitlines())
-    return {name.strip().lower(): value.strip() for name, _, value in lines}
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -23,26 +23,26 @@ from jax._src import distributed  # for its key-value store, as other libraries 
 from bnjax import choices, compilation, probes
 from bnjax import export as plain
 from bnjax.sweeps import grid, program, provenance, store
-from bnjax.sweeps.files import HOST, Memory, PathLike, files_at, in_words
+from bnjax.sweeps.files import HOST, Memory, PathLike, files_at
 from bnjax.sweeps.layout import Layout, Variable, parsed
-from bnjax.sweeps.plan import make_plan
 from bnjax.sweeps.progress import Progress
-from bnjax.training import TrainConfig, check
+from bnjax.training import TrainConfig
 from bnjax.types import Dataset, Hyperparams, Model, Probe
 
 Value = TypeVar("Value")
 
 log = logging.getLogger("bnjax")
 
-LONG_NAMES = {
-    "train_loss": "training loss (cross-entropy, nats)",
-    "train_accuracy": "training accuracy (fraction)",
-    "test_loss": "test loss (cross-entropy, nats)",
-    "test_accuracy": "test accuracy (fraction)",
-    "diverged": "whether a loss was not finite",
-    "diverged_step": "first step with a loss that is not finite; -1: none",
+VARIABLES = {
+    "train_loss": Variable(("step",), "float32", {"long_name": "training loss (cross-entropy, nats)"}),
+    "train_accuracy": Variable(("step",), "float32", {"long_name": "training accuracy (fraction)"}),
+    "test_loss": Variable(("step",), "float32", {"long_name": "test loss (cross-entropy, nats)"}),
+    "test_accuracy": Variable(("step",), "float32", {"long_name": "test accuracy (fraction)"}),
+    "diverged": Variable((), "bool", {"long_name": "whether a loss was not finite"}),
+    "diverged_step": Variable(
+        (), "int32", {"long_name": "first step with a loss that is not finite; -1: none"}
+    ),
 }
-DTYPES = {"diverged": "bool", "diverged_step": "int32"}  # of the History; others: float32
 GROUPS = 64  # calls of the compiled program that are committed together, at most
 A_YEAR = 365 * 24 * 3600 * 1000  # in milliseconds
 _calls = itertools.count()  # of `_together`: the same in all processes of a job
@@ -99,7 +99,7 @@ def sweep(
         there joins the data's fingerprint.
       plan: no longer taken; use `width`.
       width: cells vmapped together on one device; default: by the size of the network.
-      segment: most steps in one call of the compiled program; default: likewise.
+      segment: most steps in one call of the compiled program; changes no result (on CPU). Default: about a minute's.
       devices: default: all local devices.
       progress: show cells done, cells diverged and the time left.
 
@@ -132,35 +132,28 @@ def sweep(
     coords = grid.check(axes, hyper)
     for change in allow_changed:
         choices.check("allowed change", change, store.CHANGES)
-    for one in models.values():
-        check(one, ds, config)
-    probe_of, variables, further = _variables(probe, models, ds, config, coords)
-    plans = {
-        name: make_plan(one, ds, config, width=width, segment=segment, devices=devices)
-        for name, one in models.items()
-    }
-    device, fingerprint = next(iter(plans.values())).devices[0], provenance.fingerprint(ds)
+    probe_of = _probes(probe, models)
+    trainers = program.trainers(models, ds, config, probe_of, width=width, segment=segment, devices=devices)
+    variables, further = _variables(probe_of, models, ds, config, coords)
+    device, fingerprint = next(iter(trainers.values())).devices[0], provenance.fingerprint(ds)
     attributes = provenance.describe(models, config, coords, hyper, device, fingerprint, about or {})
     bases = {name: str(i) for i, name in enumerate(models)}
     if path is not None:
         compilation.use_cache()
-        for name, one in models.items():
-            bases[name] = provenance.identity(one, ds, config, device, probe_of[name], fingerprint)
-    trainers = program.trainers(models, ds, config, probe_of, plans)
+        bases = {n: provenance.identity(one.text(), fingerprint, device) for n, one in trainers.items()}
 
     def asked(there, fit):
-        """The layout, at widths and segments that are given, or those of the identities there; if `fit`, that fit."""
+        """The layout, at the width that is given, or those of the identities there; if `fit`, that fit."""
         # Of several at which a network is there the first is its own.
-        stored = {base: (w, s) for base, w, s in map(parsed, reversed(list(there)))}
-        found = {}
+        stored, found = dict(map(parsed, reversed(list(there)))), {}
         for name, one in trainers.items():
-            w, s = stored.get(bases[name], (one.plan.width, one.plan.segment))
-            found[name] = one.plan._replace(width=width or w, segment=min(segment or s, config.steps))
-            if fit and stored.get(bases[name]) != (found[name].width, found[name].segment):
-                may_change = width is None and bases[name] not in stored
-                found[name] = one._replace(plan=found[name]).fitted(may_change=may_change).plan
-        ids = {name: (f"{bases[name]}.{plan.width}.{plan.segment}",) for name, plan in found.items()}
-        planned = attributes | {"plan": {name: plan.as_dict() for name, plan in found.items()}}
+            base = bases[name]
+            one = one._replace(width=width or stored.get(base, one.width))
+            if fit and stored.get(base) != one.width:
+                one = one.fitted(may_change=width is None and base not in stored)
+            found[name] = one
+        ids = {name: (f"{bases[name]}.{one.width}",) for name, one in found.items()}
+        planned = attributes | {"plan": {name: one.plan for name, one in found.items()}}
         return Layout(ids, isinstance(model, Mapping), coords, further, variables, planned)
 
     seconds = 60.0 * checkpoint_minutes if path is not None else math.inf
@@ -173,35 +166,31 @@ def sweep(
             results = _opened(stack, path, asked, overwrite, allow_changed)
             return results, f"{results.key} {np.packbits(results.done).tobytes().hex()}"
 
-        results, (shown, *_) = _together(opened)
+        results, shown = _together(opened)
         results, _ = _together(lambda: (results or _joined(path, bases, *shown.split(" ")), ""))
         for name, (identity, *_) in results.layout.models.items():
-            _, w, s = parsed(identity)
-            trainers[name] = trainers[name]._replace(plan=plans[name]._replace(width=w, segment=s))
+            trainers[name] = trainers[name]._replace(width=parsed(identity)[1])
 
         def share(name, trainer):
             """In groups: of the missing cells every n-th block of a width, which is the same in all processes."""
             places, read = np.flatnonzero(~results.done[results.index(name)]), program.unpacked
-            places = places[np.arange(len(places)) // trainer.plan.width % count == index]
-            return results.groups(name, places, trainer.plan.group, functools.partial(read, trainer))
+            places = places[np.arange(len(places)) // trainer.width % count == index]
+            return results.groups(name, places, trainer.group, functools.partial(read, trainer))
 
         def train():
-            cells = grid.cells(results.layout.axes, results.layout.hyper)
             todo = {name: share(name, trainer) for name, trainer in trainers.items()}
-            left = sum(len(places) for groups in todo.values() for places, _ in groups)
+            left = sum(len(places) for groups in todo.values() for places, *_ in groups)
             total = results.done.size if count == 1 else left  # of several processes each shows its share
             with Progress(total, done=total - left, enabled=progress and left > 0) as bar:
                 for name in [name for name, groups in todo.items() if groups]:
                     trainer = trainers[name].fitted(may_change=False)
-                    _train(results, name, trainer, cells, todo[name], seconds, bar.count)
+                    _train(results, name, trainer, todo[name], seconds, bar.count)
             return None, ""
 
         _together(train)
         found, until = results.dataset(), time.monotonic() + 60 * (count > 1)
-        while (
-            "done" in found and time.monotonic() < until
-        ):  # network file systems may show others' files late
-            time.sleep(0.5)
+        while "done" in found and time.monotonic() < until:
+            time.sleep(0.5)  # network file systems may show others' files late
             found = results.dataset()
         if index == 0 and results.finished() and path is not None:
             if export:
@@ -219,8 +208,8 @@ def _opened(stack, path, asked, overwrite, allow_changed) -> store.Store:
     plain.check_place(files, store.LOG)
     before = stack.enter_context(files.writing())
     results = store.begin(files, asked, overwrite=overwrite, allow_changed=allow_changed)
-    if before.get("host", HOST) != HOST and not results.done.all():
-        log.warning("%s was last written by %s; what is missing is trained here", path, in_words(before))
+    if before and f" on {HOST} " not in before and not results.done.all():
+        log.warning("%s was last written by %s; what is missing is trained here", path, before)
     return results
 
 
@@ -237,66 +226,63 @@ def _joined(path, bases, key, done) -> store.Store:
     return results
 
 
-def _together(function: Callable[[], tuple[Value, str]]) -> tuple[Value, list[str]]:
-    """Calls it in each process of the job. Returns its value here, and its texts of all, when all have called it.
+def _together(function: Callable[[], tuple[Value, str]]) -> tuple[Value, str]:
+    """Calls it in each process of the job. Returns its value here, and process 0's text, when all have called it.
 
     An error in one is an error in all, then. Not by a collective operation, which gives up on a process that is half
     an hour behind.
     """
     if jax.process_count() == 1:
-        value, text = function()
-        return value, [text]
-    value, text, error, index, call = None, "", None, jax.process_index(), next(_calls)
+        return function()
+    value, text, failed, error, index, call = None, "", "", None, jax.process_index(), next(_calls)
     try:
         value, text = function()
     except Exception as raised:
-        error = raised
-        log.error("process %d: %s (the others are waited for)", index, plain.first_line(error))
-    failed = f"process {index} failed: {plain.first_line(error)}; what is stored stays" if error else ""
+        failed, error = f"process {index} failed: {plain.first_line(raised)}; what is stored stays", raised
+        log.error("%s (the others are waited for)", failed)
     client = distributed.global_state.client
     client.key_value_set(f"bnjax/{call}/{index}", json.dumps([text, failed]))
-    found = [client.blocking_key_value_get(f"bnjax/{call}/{i}", A_YEAR) for i in range(jax.process_count())]
-    texts, failures = zip(*map(json.loads, found), strict=True)
-    if error or any(failures):
-        raise error or RuntimeError(next(filter(None, failures)))
-    return value, list(texts)
+    keys = [f"bnjax/{call}/{i}" for i in range(jax.process_count())]
+    told = [json.loads(client.blocking_key_value_get(key, A_YEAR)) for key in keys]
+    if failures := [failed for _, failed in told if failed]:
+        raise error or RuntimeError(failures[0])
+    return value, told[0][0]
 
 
-def _train(results, name, trainer, cells, groups, seconds, tick) -> None:
-    """Trains `groups` of all the cells, from where they are half way, and commits them every so many seconds.
+def _train(results, name, trainer, groups, seconds, tick) -> None:
+    """Trains these groups of cells, from where they are half way, and commits them every so many seconds.
 
     `tick` is told the network's name, and the numbers of cells that are done and of those that diverged.
     """
-    pending, begun, last, pieces = [], collections.deque(), time.monotonic(), len(trainer.pieces)
+    pending, begun, last = [], collections.deque(), time.monotonic()
 
     def commit():
         nonlocal last
         if pending:
-            places = np.concatenate([places for places, _ in pending])
-            values = {n: np.concatenate([found[n] for _, found in pending]) for n in pending[0][1]}
-            results.commit(name, places, _of(cells, places), values)
+            places = np.concatenate([places for places, _, _ in pending])
+            values = {n: np.concatenate([found[n] for _, found, _ in pending]) for n in pending[0][1]}
+            results.commit(name, places, values, [key for _, _, key in pending])
             pending.clear()
         last = time.monotonic()
 
-    def finish(places, found):
-        values = program.outcome(found, len(places))
-        pending.append((places, values))
+    def finish(places, state, key):
+        values = program.outcome(state, len(places))
+        pending.append((places, values, key))
         tick(name, len(places), int(values["diverged"].sum()))
         if len(pending) >= GROUPS or time.monotonic() - last >= seconds:
             commit()
 
-    for places, halfway in groups:
-        group = _of(cells, places)
-        for found in program.run_group(trainer, group, halfway):
-            if seconds == math.inf or found.at == pieces:
+    for places, halfway, key in groups:
+        for step, state in program.run_group(trainer, results.cells(places), halfway):
+            if seconds == math.inf or step == trainer.config.steps:
                 continue
-            jax.block_until_ready(found.state.diverged_step)  # else the clock would be ahead of the devices
+            jax.block_until_ready(state.diverged_step)  # else the clock would be ahead of the devices
             if time.monotonic() - last >= seconds:
                 while begun:
                     finish(*begun.popleft())
-                results.save_state(name, places, group, program.packed(found, len(places)))
+                key = results.save_state(name, places, program.packed(state, len(places)), key)
                 commit()
-        begun.append((places, found))
+        begun.append((places, state, key))
         if len(begun) > 1:  # the next group is begun before one is waited for
             finish(*begun.popleft())
     for one in begun:
@@ -304,46 +290,39 @@ def _train(results, name, trainer, cells, groups, seconds, tick) -> None:
     commit()
 
 
-def _of(cells, places):
-    return jax.tree.map(lambda a: a[places], cells)
-
-
-def _variables(probe, models, ds, config, coords):
-    """({model: its probe or None}, the results' variables, the coordinates beside the model and the axes), checked."""
-    probe_of = dict(probe) if isinstance(probe, Mapping) else dict.fromkeys(models, probe)
-    if set(probe_of) != set(models):
+def _probes(probe, models):
+    """{model: its probe or None}."""
+    found = dict(probe) if isinstance(probe, Mapping) else dict.fromkeys(models, probe)
+    if {*found} != {*models}:
         names = (
             f"each of the models {list(models)}" if list(models) != [""] else "the one model, and no mapping"
         )
-        raise ValueError(f"probe must be one for {names}, got {list(probe_of)}")
+        raise ValueError(f"probe must be one for {names}, got {list(found)}")
     # A list of layers is no key of the kept programs.
-    probe_of = {name: one and one._replace(layers=tuple(one.layers)) for name, one in probe_of.items()}
-    variables = {
-        name: Variable(() if name in DTYPES else ("step",), DTYPES.get(name, "float32"), {"long_name": words})
-        for name, words in LONG_NAMES.items()
-    }
-    further = {"step": np.asarray(config.eval_steps)}
+    return {name: one and one._replace(layers=tuple(one.layers)) for name, one in found.items()}
+
+
+def _variables(probe_of, models, ds, config, coords):
+    """(the results' variables, the coordinates beside the model and the axes), checked."""
+    variables, further = dict(VARIABLES), {"step": config.eval_steps}
     taken = {*variables, *coords, "model", "step", "probe_step", "layer", "done"}
-    measured = [
-        one
-        and (
-            one.layers,
-            {q: (v.shape, v.dtype.name) for q, v in probes.shapes(one, models[name], ds).items()},
-        )
-        for name, one in probe_of.items()
-    ]
+    measured = [one and (one.layers, _measured(one, models[name], ds)) for name, one in probe_of.items()]
     if any(other != measured[0] for other in measured):
         raise ValueError(
             f"all models' probes must measure the same quantities in the same layers, got {measured}"
         )
     if measured[0]:
         layers, quantities = measured[0]
-        further["probe_step"] = np.asarray((0, *config.eval_steps))
-        further |= {"layer": np.asarray(layers, object)} if layers else {}
+        further |= {"probe_step": (0, *config.eval_steps)} | ({"layer": layers} if layers else {})
         for quantity, (shape, dtype) in quantities.items():
             if quantity in taken:
                 raise ValueError(
                     f"a probe must not call a quantity {quantity!r}, a name that results have anyway"
                 )
             variables[quantity] = Variable(("probe_step", "layer")[: 1 + len(shape)], dtype, {})
-    return probe_of, variables, further
+    return variables, further
+
+
+def _measured(probe, model, ds):
+    """{quantity: (shape, type)}."""
+    return {q: (v.shape, v.dtype.name) for q, v in probes.shapes(probe, model, ds).items()}

@@ -20,16 +20,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import xarray as xr
 
 from bnjax import export
 from bnjax.export import Damaged, first_line
-from bnjax.sweeps import grid
 from bnjax.sweeps.files import Files, PathLike, files_at
-from bnjax.sweeps.layout import IDENTITY, Layout, View, compared, digest, parsed
-from bnjax.sweeps.program import Halfway, in_groups
+from bnjax.sweeps.layout import IDENTITY, Layout, View, digest, parsed
+from bnjax.sweeps.program import in_groups
 from bnjax.sweeps.provenance import differences
+from bnjax.training import RunState
 from bnjax.types import Hyperparams
 
 log = logging.getLogger("bnjax")
@@ -52,47 +53,30 @@ def pack(identity: str, cells: Hyperparams, arrays: Mapping[str, np.ndarray], *,
 
 
 def unpack(name: str, data: bytes) -> tuple[str, Hyperparams, dict[str, np.ndarray]]:
-    """(identity, cells, arrays) of the file of that name.
-
-    Raises:
-      Damaged: if it is not what `pack` wrote under that name.
-    """
+    """(identity, cells, arrays) of the file of that name. Raises an error if it is not what `pack` wrote."""
     identity, _, expected = name.rpartition("-")
     if digest(data) != expected:
         raise Damaged("is not what was stored")
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as found:
-            arrays = dict(found)
-        cells = Hyperparams(*(arrays.pop(f"cell {field}") for field in Hyperparams._fields))
-        for field, dtype in grid.DTYPES.items():
-            value = getattr(cells, field)
-            if value.dtype != dtype or value.shape != (len(cells.seed),):
-                raise ValueError(f"the cells' {field}")
-        if str(arrays.pop("identity")) != identity:
-            raise ValueError("of another sweep")
-        return identity, cells, arrays
-    except Exception as error:  # whatever odd bytes raise
-        raise Damaged(f"cannot be read ({first_line(error)})") from None
+    with np.load(io.BytesIO(data), allow_pickle=False) as found:
+        arrays = dict(found)
+    cells = Hyperparams(*(arrays.pop(f"cell {field}") for field in Hyperparams._fields))
+    if str(arrays.pop("identity")) != identity or {a.shape for a in cells} != {(len(cells.seed),)}:
+        raise Damaged("is of another sweep")
+    return identity, cells, arrays
 
 
 def read_parts(files: Files, view: View) -> list[str]:
     """Places the cells of all parts. Returns the keys of the damaged ones."""
-    damaged, wanted = [], view.layout.identities
+    damaged = []
     for name in reversed(files.list(PARTS)):
-        if name.rpartition("-")[0] not in wanted or (data := files.get(f"{PARTS}/{name}")) is None:
-            continue
-        try:
-            identity, cells, values = unpack(name, data)
-            for variable, v in view.layout.variables.items():
-                if (values[variable].dtype, values[variable].shape) != (
-                    np.dtype(v.dtype),
-                    (len(cells.seed), *view.layout.extent(variable)),
-                ):
-                    raise Damaged(f"holds another {variable}")
-        except (Damaged, KeyError):
-            damaged.append(f"{PARTS}/{name}")
-            continue
-        view.place(identity, cells, values)
+        if name.rpartition("-")[0] in view.layout.identities:
+            data = files.get(f"{PARTS}/{name}")
+            try:
+                _ = data is None or view.place(*unpack(name, data))
+            except MemoryError:
+                raise
+            except Exception:  # whatever odd bytes raise
+                damaged.append(f"{PARTS}/{name}")
     return damaged
 
 
@@ -106,11 +90,11 @@ def records(files: Files) -> dict[str, Layout | Damaged]:
     if lost and not keys:
         found[f"{LOG}/{0:08d}"] = Damaged(f"{files.name} is damaged: the record in {LOG} is missing")
     for key in keys:
+        data = files.get(key)
         try:
-            if (data := files.get(key)) is not None:
-                found[key] = Layout.from_bytes(data)
-        except Damaged as error:
-            found[key] = Damaged(f"{files.name} is damaged: {key} {error}")
+            found |= {} if data is None else {key: Layout.from_bytes(data)}
+        except Exception as error:  # whatever odd bytes raise
+            found[key] = Damaged(f"{files.name} is damaged: {key} cannot be read ({first_line(error)})")
     return found
 
 
@@ -138,15 +122,16 @@ class Store:
         if self._record is None:
             raise OSError(f"{files.name}: {key} is not there (several processes must all see the same place)")
         self.layout = Layout.from_bytes(self._record)
-        self._states = {}  # key: (model, places)
+        self._cells = self.layout.cells
         self.done = self._read().done  # [models, cells]
 
     def groups(
-        self, name: str, places: np.ndarray, size: int, read: Callable[[Mapping[str, np.ndarray]], Halfway]
-    ) -> list[tuple[np.ndarray, Halfway | None]]:
-        """Cells of a network in groups of at most `size`: (places, the group half way, those furthest first).
+        self, name: str, places: np.ndarray, size: int, read: Callable[[Mapping[str, np.ndarray]], RunState]
+    ) -> list[tuple[np.ndarray, RunState | None, str | None]]:
+        """Cells of a network in groups of at most `size`, those furthest first.
 
-        `read` makes a group of a state's arrays. What it refuses is reported, removed and trained again.
+        Each: (places, state half way, key of the stored state that is to be removed when the group is done). `read`
+        makes a state of stored arrays; what it refuses is reported, removed and trained again.
         """
         found, missing, groups = [], np.zeros(self.done.shape[1], bool), []
         for file in self.files.list(STATES):
@@ -156,17 +141,20 @@ class Store:
             try:
                 _, cells, arrays = unpack(file, data)
                 at = self.layout.positions(cells)
-                found.append((read(arrays).cut(np.argsort(at)), key, np.sort(at)))
+                found.append((_cut(read(arrays), np.argsort(at)), key, np.sort(at)))
             except Exception as error:  # whatever odd arrays raise
                 damaged = isinstance(error, Damaged)
                 self._discard(key, str(error) if damaged else f"cannot be read ({first_line(error)})")
-        missing[places] = True
-        for halfway, key, at in sorted(found, key=lambda one: -one[0].at):
-            self._states[key] = self.index(name), at
-            rows = np.flatnonzero(missing[at] & (at >= 0))
-            missing[at[rows]] = False
-            groups += [(at[some], halfway.cut(some)) for some in in_groups(rows, size)]
-        return groups + [(some, None) for some in in_groups(np.flatnonzero(missing), size)]
+        missing[places], taken = True, self.done[self.index(name)].copy()
+        for state, key, at in sorted(found, key=lambda one: -one[0].step[0]):
+            new, rows = (at >= 0) & ~taken[at], np.flatnonzero((at >= 0) & missing[at])
+            taken[at[at >= 0]], missing[at[rows]] = True, False
+            groups += [(at[some], _cut(state, some), None) for some in in_groups(rows, size)]
+            if not new.any():
+                self.files.delete(key)
+            elif len(rows) == new.sum():  # else some of it is another process's
+                groups[-1] = (*groups[-1][:2], key)
+        return groups + [(some, None, None) for some in in_groups(np.flatnonzero(missing), size)]
 
     def index(self, name: str) -> int:
         """A network's place among them."""
@@ -180,22 +168,27 @@ class Store:
             self._check()
         return view.dataset()
 
+    def cells(self, places: np.ndarray) -> Hyperparams:
+        """Those at these places."""
+        return _cut(self._cells, places)
+
     def commit(
-        self, name: str, places: np.ndarray, cells: Hyperparams, values: Mapping[str, np.ndarray]
+        self, name: str, places: np.ndarray, values: Mapping[str, np.ndarray], states: Iterable[str | None]
     ) -> None:
-        """Stores a part: these cells are done. States of cells that are done are removed."""
-        self._put(PARTS, name, cells, values, compress=True)
+        """Stores a part: these cells are done, and these states of no more use."""
+        self._put(PARTS, name, places, values, compress=True)
         self.done[self.index(name), places] = True
-        self._drop(lambda model, at: self.done[model, at].all())
+        for key in filter(None, states):
+            self.files.delete(key)
 
     def save_state(
-        self, name: str, places: np.ndarray, cells: Hyperparams, arrays: Mapping[str, np.ndarray]
-    ) -> None:
-        """Stores a group half way, in the place of its states before."""
-        key = self._put(STATES, name, cells, arrays, compress=False)
-        self._states.pop(key, None)  # it may have been there
-        self._drop(lambda model, at: model == self.index(name) and np.isin(at, places).all())
-        self._states[key] = self.index(name), places
+        self, name: str, places: np.ndarray, arrays: Mapping[str, np.ndarray], before: str | None
+    ) -> str:
+        """Stores a group half way in the place of its state before. Returns its key."""
+        key = self._put(STATES, name, places, arrays, compress=False)
+        if before not in (None, key):
+            self.files.delete(before)
+        return key
 
     def finished(self) -> bool:
         """Whether all is done. Then what it has overwritten, or needs no more, is removed."""
@@ -212,18 +205,13 @@ class Store:
             self.files.delete(f"{STATES}/{name}")
         return True
 
-    def _put(self, folder, name, cells, arrays, *, compress):
+    def _put(self, folder, name, places, arrays, *, compress):
         self._check()
         identity = self.layout.models[name][0]
-        data = pack(identity, cells, arrays, compress=compress)
+        data = pack(identity, self.cells(places), arrays, compress=compress)
         key = f"{folder}/{identity}-{digest(data)}"
         self.files.create(key, data)
         return key
-
-    def _drop(self, condition):
-        for key in [key for key, state in self._states.items() if condition(*state)]:
-            self.files.delete(key)
-            del self._states[key]
 
     def _read(self):
         """Damaged parts are reported and removed: their cells are trained again."""
@@ -245,54 +233,62 @@ class Store:
             raise OSError(f"{self.files.name} was removed, or replaced by another run: this one stops")
 
 
+def _cut(arrays, rows):
+    return jax.tree.map(lambda a: a[rows], arrays)
+
+
 def begin(
     files: Files,
     asked: Callable[[Iterable[str], bool], Layout],
     *,
     overwrite: bool = False,
     allow_changed: Sequence[str] = (),
+    readings: int = READINGS,
 ) -> Store:
     """Opens what stands there if the sweep that is asked for continues it, or begins it; under `files.writing`.
 
-    `asked`: (identities that are there, whether it is to begin) -> what is asked for, at their widths and segments.
+    `asked`: (identities that are there, whether it is to begin) -> what is asked for, at their widths.
 
     Raises:
       ValueError: if something else stands there, and is not to be overwritten.
       Damaged: if a record there is, no part tells that it was of this sweep, and it is not to be overwritten.
+      OSError: if a record cannot be put, as of files.
     """
     files.make(LOG, PARTS, STATES)
-    for _ in range(READINGS):
-        history, there = records(files), _identities(files)
-        whole = [key for key, layout in history.items() if isinstance(layout, Layout)]
-        damaged = [layout for layout in history.values() if isinstance(layout, Damaged)]
-        if damaged:
-            stands, why = whole[-1:], ""
-        else:
-            stands = [found[0]] if (found := standing(files, history)) else []
-            why = "it was saved at once, or by an earlier version" * export.stands(files)
-        for key in dict.fromkeys(whole[-1:] + stands):
-            layout, why = _continued(history[key], asked, allow_changed)
-            if layout is history[key] and key == [*history][-1] and not damaged:
-                return Store(files, key)
-            if layout is not None:
-                if key in stands and not damaged:
-                    stands = []
-                    if export.of_others(files):  # which it had overwritten
-                        export.remove(files)
-                break
-        else:
-            if why and not overwrite and not damaged:
-                raise ValueError(f"{files.name} holds other results: {why}")
-            layout = asked(there, True)
-        if damaged and not overwrite:  # a part of another network would be removed
-            known, parts = ({parsed(one)[0] for one in ids} for ids in (layout.identities, there))
-            if parts - known:
-                raise damaged[-1]
-        for one in damaged:
-            log.warning("%s; it is written again", one)
-        if key := _append(files, layout, history, stands):
+    history, there = records(files), _identities(files)
+    damaged = [layout for layout in history.values() if isinstance(layout, Damaged)]
+    newest = [key for key, layout in history.items() if isinstance(layout, Layout)][-1:]
+    stands = newest if damaged else [found[0]] if (found := standing(files, history)) else []
+    layout, why = None, "it was saved at once, or by an earlier version" * export.stands(files)
+    for key in dict.fromkeys(newest + stands):
+        layout, why = _continued(history[key], asked, allow_changed)
+        if layout is history[key] and [key] == newest and not damaged:
             return Store(files, key)
-    raise RuntimeError(f"{files.name}: other runs begin there all the time")
+        if layout is not None and key in stands and not damaged:
+            stands = []
+            if export.of_others(files):  # which it had overwritten
+                export.remove(files)
+        if layout is not None:
+            break
+    if layout is None and why and not (overwrite or damaged):
+        raise ValueError(f"{files.name} holds other results: {why}")
+    layout = layout or asked(there, True)
+    if damaged and not overwrite:  # a part of another network would be removed
+        known, parts = ({parsed(one)[0] for one in ids} for ids in (layout.identities, there))
+        if parts - known:
+            raise damaged[-1]
+    for one in damaged:
+        log.warning("%s; it is written again", one)
+    key = f"{LOG}/{int([*history][-1].rpartition('/')[2]) + 1 if history else 1:08d}"
+    if not files.create(key, layout.to_bytes()):
+        if readings == 1:
+            raise OSError(
+                f"{files.name}: {key} cannot be put: other runs begin there, or something odd is there"
+            )
+        return begin(files, asked, overwrite=overwrite, allow_changed=allow_changed, readings=readings - 1)
+    for old in sorted({*history} - {*stands}, reverse=True):  # what stands, the oldest, as the last
+        files.delete(old)
+    return Store(files, key)
 
 
 def _identities(files):
@@ -306,39 +302,26 @@ def _history(files):
     return [f"{LOG}/{name}" for name in files.list(LOG) if NUMBER.fullmatch(name)]
 
 
-def _append(files, layout, history, kept):
-    """Adds a record to these, and removes them but those that are kept. Returns its key; None if another run did so."""
-    key = f"{LOG}/{int([*history][-1].rpartition('/')[2]) + 1 if history else 1:08d}"
-    if not files.create(key, layout.to_bytes()):
-        return None
-    for old in sorted({*history} - {*kept}, reverse=True):  # what stands, the oldest, as the last
-        files.delete(old)
-    return key
-
-
 def _continued(stored, asked, allow_changed) -> tuple[Layout | None, str]:
     """What goes on from the stored record, the record itself if it says all; or None, and why nothing does."""
     bases = asked((), False).bases
-    # {name there: name now}, and the identities now at the widths and segments there.
-    called, there = {}, []
+    called, there = {}, []  # {name there: name now}, and the identities now at the widths there
     for name, (own, *_) in stored.models.items():
-        base, *planned = parsed(own)
-        same = [now for now in (name, *bases) if bases.get(now) == base]
-        called[name] = [*same, name][0]
-        there.append(".".join(map(str, (bases.get(called[name], base), *planned))))
+        base, width = parsed(own)
+        called[name] = next((now for now in (name, *bases) if bases.get(now) == base), name)
+        there.append(f"{bases.get(called[name], base)}.{width}")
     new = asked(there, False)
     changed = {}
     if any(new.models.get(called[name], ids)[0] != ids[0] for name, ids in stored.models.items()):
         for name in CHANGES:
-            pair = (compared(layout.attributes, name) for layout in (stored, new))
-            changed |= {name: lines} if (lines := differences(*pair, name)) else {}
+            lines = differences(stored.compared(name), new.compared(name), name)
+            changed |= {name: lines} if lines else {}
         both = ({name: ids[0] for name, ids in layout.models.items()} for layout in (stored, new))
         changed = changed or {"models": differences(*both, "computes")}
     lines = [line for name in changed if name not in allow_changed for line in changed[name]]
-    frame = differences(_frame(stored), _frame(new), "layout")
-    cells = grid.cells(stored.axes, stored.hyper)
-    outside = int((new.positions(cells) < 0).sum())
-    if lost := sum(outside if one in new.models else len(cells.seed) for one in called.values()):
+    frame = differences(stored.frame, new.frame, "layout")
+    inside = new.positions(stored.cells) >= 0
+    if lost := sum((~inside).sum() if one in new.models else len(inside) for one in called.values()):
         frame.append(f"{lost} of the cells there are not among those asked for")
     if lines or frame:
         advice = ", or overwrite" if frame else f", overwrite, or allow_changed={','.join(changed)}"
@@ -356,15 +339,6 @@ def _continued(stored, asked, allow_changed) -> tuple[Layout | None, str]:
     now = [line for several in changed.values() for line in several]
     changes = [*stored.attributes.get("changes", []), *[now] * bool(now)]
     return dataclasses.replace(new, attributes=new.attributes | ({"changes": changes} if changes else {})), ""
-
-
-def _frame(layout):
-    """What no change can be allowed in."""
-    further = {name: np.asarray(values).tolist() for name, values in layout.further.items()}
-    return {
-        "further": further,
-        "variables": {n: [list(v.dims), v.dtype] for n, v in layout.variables.items()},
-    }
 
 
 def load(path: PathLike) -> xr.Dataset:

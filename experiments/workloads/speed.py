@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import xarray as xr
 
-from bnjax.sweeps import provenance
+from bnjax import compilation
 from experiments.workloads import processes, workloads
 
 STAGES = ("import", "first sweep", "second sweep")
@@ -171,5 +171,5 @@ def machine() -> str:
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
     except (ValueError, OSError, AttributeError):
         memory = ""
-    name = provenance.processor().get("model name", "processor")
-    return f"{name} ({provenance.isa()}), {count} core{'s' if count > 1 else ''}{memory}"
+    name = compilation.processor().get("model name", "processor")
+    return f"{name} ({compilation.isa()}), {count} core{'s' if count > 1 else ''}{memory}"
