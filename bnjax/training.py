@@ -150,7 +150,8 @@ def make_run(
     Returns:
       start(hyper, ds) -> RunState.
       advance(state, hyper, ds, first, until) -> RunState, after the steps from number `first` (where the state is) to
-        before `until`. Both may be traced: one program takes a run in whatever segments, to the same bits.
+        before `until`. Both may be traced: one program takes a run in whatever segments, to the same bits. (`first` is
+        no part of the state for its loops: a `vmap` would batch what they go by.)
     """
     num_evaluations = len(config.eval_steps)
     every = config.eval_every or config.steps

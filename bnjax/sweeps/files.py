@@ -122,7 +122,7 @@ class Folder:
             who = _words(lock.read())
             if not _locked(lock, exclusive=False):
                 return f"{who or 'another process'} is writing there"
-            return "nobody on this host is writing there" + f"; last written by {who}" * bool(who)
+            return f"nobody on this host is writing there{_last(who)}"
         return "nobody is writing there"
 
     @contextlib.contextmanager
@@ -197,8 +197,7 @@ class Bucket:
         yield before
 
     def writer(self) -> str:  # noqa: D102
-        who = _words(self.get(LOCK))
-        return "whether anybody is writing there is not known" + f"; last written by {who}" * bool(who)
+        return f"whether anybody is writing there is not known{_last(_words(self.get(LOCK)))}"
 
     @contextlib.contextmanager
     def _named(self):
@@ -266,6 +265,10 @@ def _words(text):
     """What the lock says; nothing if it is not what `_who` writes."""
     found = "".join(filter(str.isprintable, (text or b"")[:200].decode(errors="ignore")))
     return found if found.startswith("process ") else ""
+
+
+def _last(who):
+    return f"; last written by {who}" if who else ""
 
 
 def _locked(file, *, exclusive):

@@ -113,9 +113,8 @@ class View:
             shape = [len(self._coordinates[dim]) for dim in (*dims, *v.dims)]
             array = np.full(shape, export.nothing(v.dtype), v.dtype)
             self._variables[name] = ((*dims, *v.dims), array, dict(v.attrs))
-            self.values[name] = array.reshape(
-                len(layout.models), count, *shape[len(dims) :]
-            )  # the same memory
+            # the same memory
+            self.values[name] = array.reshape(len(layout.models), count, *shape[len(dims) :])
         self.done = self.values["done"]
 
     def place(self, identity: str, cells: Hyperparams, values: Mapping[str, np.ndarray]) -> None:

@@ -264,11 +264,11 @@ def begin(
         layout, why = _continued(history[key], asked, allow_changed)
         if layout is history[key] and [key] == newest and not damaged:
             return Store(files, key)
-        if layout is not None and key in stands and not damaged:
-            stands = []
-            if export.of_others(files):  # which it had overwritten
-                export.remove(files)
         if layout is not None:
+            if key in stands and not damaged:
+                stands = []
+                if export.of_others(files):  # which it had overwritten
+                    export.remove(files)
             break
     if layout is None and why and not (overwrite or damaged):
         raise ValueError(f"{files.name} holds other results: {why}")
