@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,25 +18,18 @@ import numpy as np
 import pytest
 
 from bnjax import data
-from bnjax.data import builders, make_fashion_mnist_mini
+from bnjax.data import builders, embedded, make_fashion_mnist_mini
 
 REPOSITORY = Path(__file__).parents[1]
-EMBEDDED = Path(builders.__file__).with_name("fashion_mnist_mini.npz")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 needs_debian = pytest.mark.skipif(not DEBIAN.is_dir(), reason="dataset-fashion-mnist is not installed")
 NOWHERE = "http://bnjax.invalid/"
 
 
-@pytest.fixture(scope="module")
-def mini_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mini")
-    data.load(data_dir=folder)
-    return folder
-
-
 @pytest.fixture
-def embedded():
-    with np.load(EMBEDDED) as arrays:
+def mini():
+    """The arrays of the embedded file."""
+    with np.load(embedded.PATH) as arrays:
         return dict(arrays)
 
 
@@ -56,10 +50,6 @@ def output(process):
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, ""), err
     return out.strip()
-
-
-def leftovers(folder):
-    return [path.name for path in folder.rglob("*") if path.name != ".fashion_mnist_mini.lock"]
 
 
 # ---------------------------------------------------------------- small archives of the official formats
@@ -100,19 +90,37 @@ def write_cifar10(folder, arrays):
             archive.addfile(member, io.BytesIO(content))
 
 
-def declare(monkeypatch, name, folder, base=NOWHERE, **changes):
-    """Makes `name` a data set of the archives in `folder`, with their checksums, at the address `base`."""
+def flip(content):
+    return content[:60] + bytes([content[60] ^ 1]) + content[61:]
+
+
+SMALL = {"train": 40, "test": 12}
+
+
+def small_source(name, folder, base=NOWHERE, **changes):
+    """`name` as a data set of the archives in `folder`, with their checksums, at the address `base`."""
     infos = {}
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         infos[base + path.name] = builders.UrlInfo(size=len(content), checksum=digest, filename=path.name)
-    source = builders.SOURCES[name]._replace(**{"archives": infos, "num_examples": SMALL, **changes})
-    monkeypatch.setitem(builders.SOURCES, name, source)
-    return source
+    return builders.SOURCES[name]._replace(**{"archives": infos, "num_examples": SMALL, **changes})
 
 
-SMALL = {"train": 40, "test": 12}
+def declare(monkeypatch, name, *args, **changes):
+    monkeypatch.setitem(builders.SOURCES, name, small_source(name, *args, **changes))
+
+
+# Begins the code of a process: its mnist is the small one, of the archives in argv[1]; argv[2] is data_dir.
+SMALL_MNIST = """
+import hashlib, os, pathlib, sys, time
+sys.path.insert(0, "tests")
+import test_data
+from bnjax import data
+from bnjax.data import builders
+archives, cache = map(pathlib.Path, sys.argv[1:3])
+builders.SOURCES["mnist"] = test_data.small_source("mnist", archives)
+"""
 
 
 @pytest.fixture
@@ -138,93 +146,121 @@ def assert_is(ds, arrays):
 # ---------------------------------------------------------------- the embedded data set
 
 
-def test_mini_is_the_embedded_file(mini_dir, embedded):
-    ds = data.load("fashion_mnist_mini", data_dir=mini_dir)
+def test_mini_is_the_embedded_file(mini):
+    ds = data.load("fashion_mnist_mini")
     assert ds.train_x.shape == (10_000, 28, 28, 1)
     assert ds.test_x.shape == (2_000, 28, 28, 1)
-    assert_is(ds, builders.Arrays(**embedded))
+    assert_is(ds, builders.Arrays(**mini))
     assert set(ds.train_y) == set(ds.test_y) == set(range(10))
+    assert {"train": len(ds.train_y), "test": len(ds.test_y)} == embedded.NUM_EXAMPLES
+
+
+def test_values_of_the_mini():
+    """Whatever compressed them: the digest of the stored arrays, one after another."""
+    stored = embedded.read()
+    assert all(array.dtype == np.uint8 for array in stored)
+    digest = hashlib.sha256(b"".join(array.tobytes() for array in stored)).hexdigest()
+    assert digest == "4084017359325b0b158fe7759bc20781f98a81c5bd2d091c099af840dbce1625"
 
 
 @needs_debian
-def test_mini_is_the_beginning_of_the_original_and_reproducible(tmp_path, embedded, monkeypatch, capsys):
+def test_mini_is_the_beginning_of_the_original_and_reproducible(tmp_path, mini, monkeypatch, capsys):
     full = builders.read_idx({path.name: path for path in DEBIAN.glob("*.gz")})
-    for name, stored in embedded.items():
+    for name, stored in mini.items():
         np.testing.assert_array_equal(stored, getattr(full, name)[: len(stored)])
     monkeypatch.setattr(sys, "argv", ["make", str(DEBIAN), str(tmp_path / "again.npz")])
     make_fashion_mnist_mini.main()
     assert "again.npz: 5" in capsys.readouterr().out
     with np.load(tmp_path / "again.npz") as again:
-        assert all(np.array_equal(again[name], embedded[name]) for name in embedded)
+        assert all(np.array_equal(again[name], mini[name]) for name in mini)
 
 
 def test_mini_is_about_5_mb_with_its_licence():
-    assert EMBEDDED.stat().st_size < 5.5e6
-    assert "Copyright (c) 2017 Zalando SE" in EMBEDDED.with_name("FASHION_MNIST_LICENSE").read_text()
+    assert embedded.PATH.stat().st_size < 5.5e6
+    assert "Copyright (c) 2017 Zalando SE" in embedded.PATH.with_name("FASHION_MNIST_LICENSE").read_text()
 
 
-@pytest.mark.slow
-def test_first_use_is_silent_and_never_imports_tensorflow(tmp_path):
-    (tmp_path / "tensorflow").mkdir()
-    stub = f"open({str(tmp_path / 'imported')!r}, 'w').close()\nraise ImportError('a stub')\n"
-    (tmp_path / "tensorflow" / "__init__.py").write_text(stub)
-    code = (
-        "from bnjax import data; import sys; data.load(data_dir=sys.argv[1]); data.load(data_dir=sys.argv[1])"
-    )
-    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    assert output(python(code, tmp_path / "cache", PYTHONPATH=path)) == ""
-    assert not (tmp_path / "imported").exists()
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [
-        ".fashion_mnist_mini.lock",
-        "fashion_mnist_mini",
-    ]
+@pytest.mark.parametrize("damage", [flip, lambda c: c[:-5], lambda c: b""])
+def test_damaged_embedded_file(tmp_path, monkeypatch, damage):
+    path = tmp_path / embedded.PATH.name
+    path.write_bytes(damage(embedded.PATH.read_bytes()))
+    monkeypatch.setattr(embedded, "PATH", path)
+    name = re.escape(str(path))
+    with pytest.raises(OSError, match=rf"{name} is not the expected file: .*: reinstall bnjax"):
+        data.load()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{name} is missing: reinstall bnjax"):
+        data.load()
 
 
-def test_corrupted_embedded_file(tmp_path, monkeypatch):
-    content = bytearray(EMBEDDED.read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / EMBEDDED.name).write_bytes(content)
-    source = builders.SOURCES["fashion_mnist_mini"]._replace(folder=tmp_path)
-    monkeypatch.setitem(builders.SOURCES, "fashion_mnist_mini", source)
-    with pytest.raises(OSError, match=r"fashion_mnist_mini\.npz is not the expected file"):
-        data.load(data_dir=tmp_path / "cache")
-    assert leftovers(tmp_path / "cache") == []
-    (tmp_path / EMBEDDED.name).unlink()
-    with pytest.raises(FileNotFoundError, match="reinstall"):
-        data.load(data_dir=tmp_path / "cache")
+def test_without_the_extra_the_mini_loads():
+    code = """
+import hashlib, sys
+import numpy as np
+from bnjax import data
+extra = {"tensorflow_datasets", "array_record", "importlib_resources", "tensorflow"}
+assert not extra & set(sys.modules), extra & set(sys.modules)
+sys.modules.update({name: None for name in extra})  # importing one is an ImportError
+print(hashlib.sha256(b"".join(a.tobytes() for a in data.load())).hexdigest())
+ds = data.standardize(data.Dataset(np.eye(3), np.arange(3), np.eye(3), np.arange(3)))
+print(ds.train_x.dtype)
+for name in data.NAMES[1:]:
+    try:
+        data.load(name)
+    except ImportError as error:
+        print(f"loading {name} needs the extra `bnjax[data]`" in str(error))
+"""
+    digest = hashlib.sha256(b"".join(a.tobytes() for a in data.load())).hexdigest()
+    assert output(python(code)).split() == [digest, "float32", "True", "True", "True"]
+
+
+def test_the_mini_needs_no_folder_and_no_network(tmp_path):
+    """Where its arguments lead is of no effect, but `manual_dir` is a folder."""
+    (tmp_path / "file").touch()
+    ds = data.load(data_dir=tmp_path / "file", manual_dir=tmp_path, download=False)
+    for found, expected in zip(ds, data.load(), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+        data.load(manual_dir=tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------- what a caller may ask for
 
 
 @pytest.mark.parametrize("per", ["dataset", "feature"])
-def test_statistics_are_those_of_the_training_examples_used(mini_dir, embedded, per):
-    ds = data.load(data_dir=mini_dir, train_examples=300, standardize=per)
+def test_statistics_are_those_of_the_training_examples_used(mini, per):
+    ds = data.load(train_examples=300, standardize=per)
     axis = None if per == "dataset" else 0
-    x = embedded["train_x"][:300].astype(np.float64)
+    x = mini["train_x"][:300].astype(np.float64)
     mean, std = x.mean(axis), x.std(axis)
     with np.errstate(invalid="ignore", divide="ignore"):
         expected = [
-            np.where(std > 0, (embedded[n][:k] - mean) / std, 0)
-            for n, k in (("train_x", 300), ("test_x", None))
+            np.where(std > 0, (mini[n][:k] - mean) / std, 0) for n, k in (("train_x", 300), ("test_x", None))
         ]
     np.testing.assert_allclose(ds.train_x, expected[0], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(ds.test_x, expected[1], rtol=1e-6, atol=1e-7)
-    np.testing.assert_array_equal(ds.train_y, embedded["train_y"][:300])
+    np.testing.assert_array_equal(ds.train_y, mini["train_y"][:300])
     assert len(ds.test_y) == 2_000
 
 
-def test_one_training_example_is_allowed(mini_dir):
-    ds = data.load(data_dir=mini_dir, train_examples=1, standardize="feature")
+def test_one_training_example_is_allowed():
+    ds = data.load(train_examples=1, standardize="feature")
     assert not ds.train_x.any()  # every feature is constant
     assert not ds.test_x.any()
 
 
-@pytest.mark.parametrize("n", [0, -1, 10_001])
-def test_train_examples_out_of_range(tmp_path, n):
-    with pytest.raises(ValueError, match=rf"train_examples is {n}, but .* allows 1 to 10000"):
-        data.load(data_dir=tmp_path / "cache", train_examples=n)
+@pytest.mark.parametrize(("name", "available"), [("fashion_mnist_mini", 10_000), ("mnist", 60_000)])
+def test_train_examples_out_of_range(tmp_path, name, available):
+    for n in (0, -1, available + 1):
+        with pytest.raises(ValueError, match=f"train_examples is {n}, but {name} allows 1 to {available}$"):
+            data.load(name, data_dir=tmp_path / "cache", train_examples=n)
     assert not (tmp_path / "cache").exists()
+
+
+def test_all_training_examples_are_allowed():
+    for found, expected in zip(data.load(train_examples=10_000), data.load(), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_unknown_names():
@@ -236,7 +272,7 @@ def test_unknown_names():
         ValueError, match=r"'features' \(did you mean 'feature'\?\); allowed: dataset, feature"
     ):
         data.load(standardize="features")
-    assert tuple(builders.SOURCES) == data.NAMES
+    assert (embedded.NAME, *builders.SOURCES) == data.NAMES
 
 
 def test_default_data_dir_is_the_platforms_cache(monkeypatch, tmp_path):
@@ -244,24 +280,6 @@ def test_default_data_dir_is_the_platforms_cache(monkeypatch, tmp_path):
     assert data.default_data_dir().name == "bnjax"
     if sys.platform == "linux":
         assert data.default_data_dir() == tmp_path / "bnjax"
-
-
-def test_without_the_extra_only_load_fails():
-    code = """
-import sys
-from bnjax import data
-lazy = {"tensorflow_datasets", "array_record", "tensorflow"}
-assert not lazy & set(sys.modules), lazy & set(sys.modules)
-sys.modules.update({name: None for name in lazy})
-try:
-    data.load()
-except ImportError as error:
-    print("bnjax[data]" in str(error))
-import numpy as np
-ds = data.standardize(data.Dataset(np.eye(3), np.arange(3), np.eye(3), np.arange(3)))
-print(ds.train_x.dtype)
-"""
-    assert output(python(code)).split() == ["True", "float32"]
 
 
 # ---------------------------------------------------------------- standardization of one's own arrays
@@ -343,6 +361,19 @@ def test_unknown_standardization():
 # ---------------------------------------------------------------- official archives
 
 
+@pytest.mark.slow
+def test_first_use_is_silent_and_never_imports_tensorflow(tmp_path, mnist):
+    (tmp_path / "tensorflow").mkdir()
+    stub = f"open({str(tmp_path / 'imported')!r}, 'w').close()\nraise ImportError('a stub')\n"
+    (tmp_path / "tensorflow" / "__init__.py").write_text(stub)
+    load = 'data.load("mnist", data_dir=cache, manual_dir=archives)\n'
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = python(SMALL_MNIST + load + load, mnist[1], tmp_path / "cache", PYTHONPATH=path)
+    assert output(process) == ""
+    assert not (tmp_path / "imported").exists()
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [".mnist.lock", "mnist"]
+
+
 def test_mnist(tmp_path, mnist):
     arrays, folder = mnist
     assert_is(data.load("mnist", data_dir=tmp_path / "cache", manual_dir=folder), arrays)
@@ -377,10 +408,6 @@ def test_prepared_copy_is_an_ordinary_tfds_data_set(tmp_path, mnist):
     )
     np.testing.assert_array_equal([record["label"] for record in records], arrays.test_y)
     np.testing.assert_array_equal(records[3]["image"], arrays.test_x[3])
-
-
-def flip(content):
-    return content[:60] + bytes([content[60] ^ 1]) + content[61:]
 
 
 @pytest.mark.parametrize(
@@ -613,21 +640,25 @@ def test_user_settings_of_tfds_are_restored(tmp_path, mnist):
 
 
 LOAD = """
-import hashlib, sys
-from bnjax import data
-ds = data.load(data_dir=sys.argv[1])
+ds = data.load("mnist", data_dir=cache, manual_dir=archives)
 print(hashlib.sha256(b"".join(a.tobytes() for a in ds)).hexdigest())
+"""
+BEGIN = "pathlib.Path(sys.argv[3]).touch()\n"
+# Waits until there are three of them, which the folder argv[3] counts.
+MEET = """
+pathlib.Path(sys.argv[3], str(os.getpid())).touch()
+deadline = time.monotonic() + 60
+while len(os.listdir(sys.argv[3])) < 3 and time.monotonic() < deadline:
+    time.sleep(0.001)
 """
 # Waits (for ever, if need be) in the middle of preparing.
 WAIT = """
-import pathlib, sys, time
-from bnjax.data import builders
 generate = builders.Builder._generate_examples
 def waiting(self, x, y):
     for i, example in enumerate(generate(self, x, y)):
         if i == len(x) // 2:
-            pathlib.Path(sys.argv[2]).touch()
-            while pathlib.Path(sys.argv[2]).exists():
+            pathlib.Path(sys.argv[3]).touch()
+            while pathlib.Path(sys.argv[3]).exists():
                 time.sleep(0.01)
         yield example
 builders.Builder._generate_examples = waiting
@@ -641,23 +672,24 @@ def wait_for(path, process):
 
 
 @pytest.mark.slow
-def test_processes_that_prepare_at_once(tmp_path, mini_dir):
-    processes = [python(LOAD, tmp_path) for _ in range(3)]
-    expected = hashlib.sha256(b"".join(a.tobytes() for a in data.load(data_dir=mini_dir))).hexdigest()
+def test_processes_that_prepare_at_once(tmp_path, mnist):
+    (tmp_path / "met").mkdir()
+    arguments = (mnist[1], tmp_path / "cache", tmp_path / "met")
+    processes = [python(SMALL_MNIST + MEET + LOAD, *arguments) for _ in range(3)]
+    ds = data.load("mnist", data_dir=tmp_path / "other", manual_dir=mnist[1])
+    expected = hashlib.sha256(b"".join(a.tobytes() for a in ds)).hexdigest()
     assert [output(process) for process in processes] == [expected] * 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".fashion_mnist_mini.lock",
-        "fashion_mnist_mini",
-    ]
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".mnist.lock", "mnist"]
 
 
 @pytest.mark.slow
-def test_second_process_waits_for_a_slow_one(tmp_path):
+def test_second_process_waits_for_a_slow_one(tmp_path, mnist):
     cache, waiting = tmp_path / "cache", tmp_path / "waiting"
-    slow = python(WAIT + LOAD, cache, waiting)
+    slow = python(SMALL_MNIST + WAIT + LOAD, mnist[1], cache, waiting)
     wait_for(waiting, slow)
-    (temporary,) = cache.glob(".fashion_mnist_mini-*")
-    second = python(LOAD, cache)
+    (temporary,) = cache.glob(".mnist-*")
+    second = python(SMALL_MNIST + BEGIN + LOAD, mnist[1], cache, tmp_path / "begun")
+    wait_for(tmp_path / "begun", second)
     with pytest.raises(subprocess.TimeoutExpired):
         second.wait(4)
     assert temporary.exists()
@@ -669,20 +701,20 @@ def test_second_process_waits_for_a_slow_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_process_killed_half_way(tmp_path, mini_dir):
+def test_process_killed_half_way(tmp_path, mnist):
+    arrays, folder = mnist
     cache, waiting = tmp_path / "cache", tmp_path / "waiting"
     for _ in range(2):  # leftovers do not pile up
-        killed = python(WAIT + LOAD, cache, waiting)
+        killed = python(SMALL_MNIST + WAIT + LOAD, folder, cache, waiting)
         wait_for(waiting, killed)
         killed.send_signal(signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL
         killed.communicate()
         waiting.unlink()
-        assert len(list(cache.glob(".fashion_mnist_mini-*"))) == 1
-        assert not (cache / "fashion_mnist_mini").exists()
-    ds = data.load(data_dir=cache)
-    np.testing.assert_array_equal(ds.train_x, data.load(data_dir=mini_dir).train_x)
-    assert sorted(path.name for path in cache.iterdir()) == [".fashion_mnist_mini.lock", "fashion_mnist_mini"]
+        assert len(list(cache.glob(".mnist-*"))) == 1
+        assert not (cache / "mnist").exists()
+    assert_is(data.load("mnist", data_dir=cache, manual_dir=folder), arrays)
+    assert sorted(path.name for path in cache.iterdir()) == [".mnist.lock", "mnist"]
 
 
 def test_interrupted_preparation_leaves_nothing(tmp_path, mnist, monkeypatch):
@@ -717,7 +749,7 @@ def test_lost_race_without_locks_uses_the_winners_copy(tmp_path, mnist, monkeypa
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".mnist.lock", "mnist"]
 
 
-def test_data_dir_that_is_a_file(tmp_path):
+def test_data_dir_that_is_a_file(tmp_path, mnist):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        data.load(data_dir=tmp_path / "file")
+        data.load("mnist", data_dir=tmp_path / "file", manual_dir=mnist[1])

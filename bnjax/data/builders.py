@@ -1,4 +1,4 @@
-"""What the data sets are, and the TFDS builder that prepares any of them, without TensorFlow.
+"""What the data sets of TFDS are, and the builder that prepares any of them, without TensorFlow.
 
 The official archives are read with the standard library. Their addresses, sizes and checksums are
 those of the TFDS data set of the same name; nothing is prepared from a file that does not match.
@@ -42,7 +42,6 @@ class Source(NamedTuple):
     num_examples: Mapping[str, int]  # as declared: {"train": N, "test": M}
     read: Callable[[Paths], Arrays]
     archives: Mapping[str, UrlInfo] | None = None  # by address; None: those of TFDS's data set of this name
-    folder: Path | None = None  # holds the archives already; None: the user's, or they are downloaded
     gzip_times: Mapping[str, int] = {}  # by file name; see `verify`
 
 
@@ -133,9 +132,8 @@ def prepare(source: Source, root: Path, manual_dir: Path | None) -> Path:
 
 def find(source: Source, manual_dir: Path | None) -> dict[str, Path]:
     """Those of the archives that are at hand, by file name."""
-    folder = source.folder or manual_dir
     names = [info.filename for info in archives(source).values()]
-    return {name: folder / name for name in names if folder and (folder / name).is_file()}
+    return {name: manual_dir / name for name in names if manual_dir and (manual_dir / name).is_file()}
 
 
 def verify(path: Path, info: UrlInfo, gzip_time: int | None = None) -> None:
@@ -193,13 +191,6 @@ def read_cifar10(paths: Paths) -> Arrays:
             arrays[f"{split}_x"] = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
             arrays[f"{split}_y"] = records[:, 0]
     return Arrays(**arrays)
-
-
-def read_npz(paths: Paths) -> Arrays:
-    """Reads the file that `make_fashion_mnist_mini` writes."""
-    (path,) = paths.values()
-    with _naming(path), np.load(path, allow_pickle=False) as arrays:
-        return Arrays(*(arrays[name] for name in Arrays._fields))
 
 
 @contextlib.contextmanager
@@ -268,22 +259,6 @@ _FASHION_MNIST = _MNIST._replace(
         "t10k-labels-idx1-ubyte.gz": 1504176627,
     },
 )
-_FASHION_MNIST_MINI = _FASHION_MNIST._replace(
-    name="fashion_mnist_mini",
-    version="1.0.0",
-    description="The first 10,000 training and 2,000 test images of Fashion-MNIST, by Zalando.",
-    num_examples={"train": 10_000, "test": 2_000},
-    read=read_npz,
-    archives={
-        "the package itself": UrlInfo(
-            size=5_276_550,
-            checksum="ccc609901845ac1c58490c84a0be31975311059080613224a30a08e72c77399b",
-            filename="fashion_mnist_mini.npz",
-        )
-    },
-    folder=Path(__file__).parent,
-    gzip_times={},
-)
 _CIFAR10 = Source(
     name="cifar10",
     version="3.0.2",
@@ -295,4 +270,4 @@ _CIFAR10 = Source(
     read=read_cifar10,
 )
 
-SOURCES = {source.name: source for source in (_FASHION_MNIST_MINI, _FASHION_MNIST, _MNIST, _CIFAR10)}
+SOURCES = {source.name: source for source in (_FASHION_MNIST, _MNIST, _CIFAR10)}

@@ -1,8 +1,9 @@
 """`load`: from a name to standardized arrays in memory.
 
-A data set is prepared once: it is built in a temporary folder beside its final place and then renamed,
-under a lock that the system drops when its holder dies. So a folder of the final name is complete, and
-whatever lies beside it while the lock is held was left by a process that is gone.
+The embedded data set is read from the package. Any other is prepared once: it is built in a temporary
+folder beside its final place and then renamed, under a lock that the system drops when its holder dies.
+So a folder of the final name is complete, and whatever lies beside it while the lock is held was left by
+a process that is gone.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import socket
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -22,17 +23,17 @@ import numpy as np
 import platformdirs
 
 from bnjax import choices
-from bnjax.data import standardization
+from bnjax.data import embedded, standardization
 from bnjax.types import Dataset
 
-NAMES = ("fashion_mnist_mini", "fashion_mnist", "mnist", "cifar10")
+NAMES = (embedded.NAME, "fashion_mnist", "mnist", "cifar10")
 _CHECKSUMS = "SHA256SUMS"  # of a prepared copy's files, in the format of `sha256sum`
 _PROBE_SECONDS = 2.5  # with the imports, an error comes within 5
 _ROWS = 1000  # records read at once
 
 
 def load(
-    name: str = "fashion_mnist_mini",
+    name: str = embedded.NAME,
     *,
     data_dir: str | os.PathLike | None = None,
     manual_dir: str | os.PathLike | None = None,
@@ -40,11 +41,12 @@ def load(
     standardize: str = "dataset",
     download: bool = True,
 ) -> Dataset:
-    """Loads a data set, preparing it on first use.
+    """Loads a data set, preparing it on first use unless it comes with the package.
 
     Args:
-        name: one of `NAMES`. `fashion_mnist_mini` comes with the package; the others need their official
-            archives, from `manual_dir` or from the network.
+        name: one of `NAMES`. `fashion_mnist_mini` comes with the package; the others need the extra
+            `bnjax[data]` and their official archives, from `manual_dir` or from the network. The next
+            two arguments and `download` are for these.
         data_dir: where prepared copies are kept; default `default_data_dir()`. Read-only once prepared.
         manual_dir: a folder with the official archives, under their own file names. Those that are not
             there are downloaded.
@@ -59,32 +61,36 @@ def load(
 
     Raises:
         ValueError: `name` or `standardize` is unknown, or `train_examples` out of range.
-        ImportError: the packages of the extra `bnjax[data]` are not installed.
-        FileNotFoundError: `manual_dir` is no folder; or the data set is not prepared, and archives are
-            missing and cannot be downloaded: within 5 seconds, where there is no network.
-        OSError: an archive or a prepared copy is damaged, or is not what it should be; the message
-            names it. Nothing half-prepared is left behind.
+        ImportError: the packages of the extra `bnjax[data]` are needed, and not installed.
+        FileNotFoundError: `manual_dir` is no folder; the embedded file is missing; or the data set is
+            not prepared, and archives are missing and cannot be downloaded: within 5 seconds, where
+            there is no network.
+        OSError: an archive, a prepared copy or the embedded file is damaged, or is not what it should
+            be; the message names it. Nothing half-prepared is left behind.
     """
     choices.check("dataset", name, NAMES)
     choices.check("standardize", standardize, standardization.PER)
     if manual_dir is not None and not Path(manual_dir).expanduser().is_dir():
         raise FileNotFoundError(f"manual_dir={manual_dir} is not a folder")
-    builders = _import_builders()
-    source = builders.SOURCES[name]
-    available = source.num_examples["train"]
-    if train_examples is not None and not 1 <= train_examples <= available:
-        raise ValueError(f"train_examples is {train_examples}, but {name} allows 1 to {available}")
-    root = Path(data_dir).expanduser() if data_dir else default_data_dir()
-    folder = root / name / source.version
-    if not folder.exists():
-        manual_dir = Path(manual_dir).expanduser() if manual_dir else None
-        _check_obtainable(builders, source, root, manual_dir, download)
-        _prepare(builders, source, folder, root, manual_dir)
-    _verify_prepared(folder)
-    data_sets = builders.Builder(source, root).as_data_source()
-    train_x, train_y = _read(data_sets["train"], source, "train", folder, train_examples)
-    test_x, test_y = _read(data_sets["test"], source, "test", folder)
-    return standardization.standardize(Dataset(train_x, train_y, test_x, test_y), standardize)
+    if name == embedded.NAME:
+        _check_train_examples(train_examples, name, embedded.NUM_EXAMPLES)
+        ds = embedded.read()
+        ds = ds._replace(train_x=ds.train_x[:train_examples], train_y=ds.train_y[:train_examples])
+    else:
+        builders = _import_builders(name)
+        source = builders.SOURCES[name]
+        _check_train_examples(train_examples, name, source.num_examples)
+        root = Path(data_dir).expanduser() if data_dir else default_data_dir()
+        folder = root / name / source.version
+        if not folder.exists():
+            manual_dir = Path(manual_dir).expanduser() if manual_dir else None
+            _check_obtainable(builders, source, root, manual_dir, download)
+            _prepare(builders, source, folder, root, manual_dir)
+        _verify_prepared(folder)
+        data_sets = builders.Builder(source, root).as_data_source()
+        train = _read(data_sets["train"], source, "train", folder, train_examples)
+        ds = Dataset(*train, *_read(data_sets["test"], source, "test", folder))
+    return standardization.standardize(ds, standardize)
 
 
 def default_data_dir() -> Path:
@@ -92,23 +98,25 @@ def default_data_dir() -> Path:
     return platformdirs.user_cache_path("bnjax")
 
 
-def _import_builders() -> ModuleType:
-    """`bnjax.data.builders`, which imports tensorflow-datasets."""
+def _check_train_examples(train_examples: int | None, name: str, num_examples: Mapping[str, int]) -> None:
+    available = num_examples["train"]
+    if train_examples is not None and not 1 <= train_examples <= available:
+        raise ValueError(f"train_examples is {train_examples}, but {name} allows 1 to {available}")
+
+
+def _import_builders(name: str) -> ModuleType:
+    """`bnjax.data.builders`, which imports tensorflow-datasets, for the data set `name`."""
     try:
         import array_record  # noqa: F401  (TFDS imports these two late, with a less helpful error)
         import importlib_resources  # noqa: F401
 
         from bnjax.data import builders
     except ImportError as error:
-        raise _extra_missing(error) from error
+        raise ImportError(
+            f"loading {name} needs the extra `bnjax[data]`: {error}. {embedded.NAME} and arrays of your own "
+            "do not: see bnjax.data.Dataset and bnjax.data.standardize"
+        ) from error
     return builders
-
-
-def _extra_missing(error: ImportError) -> ImportError:
-    return ImportError(
-        f"loading data sets needs the extra `bnjax[data]`: {error}. "
-        "Arrays of your own need nothing: see bnjax.data.Dataset and bnjax.data.standardize"
-    )
 
 
 def _check_obtainable(
@@ -119,10 +127,6 @@ def _check_obtainable(
     missing = {u: i.filename for u, i in builders.archives(source).items() if i.filename not in found}
     if not missing:
         return
-    if source.folder:
-        raise FileNotFoundError(
-            f"{', '.join(missing.values())} is missing from {source.folder}: reinstall bnjax"
-        )
     obstacle = _unreachable(next(iter(missing))) if download else "download=False"
     if obstacle:
         looked = f" (looked in {manual_dir})" if manual_dir else ""

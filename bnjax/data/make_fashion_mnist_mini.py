@@ -3,7 +3,7 @@
     python -m bnjax.data.make_fashion_mnist_mini SOURCE_DIR [OUTPUT]
 
 SOURCE_DIR holds the four .gz archives, which are checked against TFDS's checksums. The same archives
-and zlib give the same bytes. Prints the size and the checksum that `builders.py` declares.
+and zlib give the same bytes. Prints the size, and the checksum that `embedded.py` declares.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnjax.data import builders
+from bnjax.data import builders, embedded
 
 
 def make(source_dir: Path, output: Path) -> str:
@@ -28,12 +28,12 @@ def make(source_dir: Path, output: Path) -> str:
     Raises:
         OSError: an archive is missing, or is not the official one.
     """
-    full, mini = builders.SOURCES["fashion_mnist"], builders.SOURCES["fashion_mnist_mini"]
+    full = builders.SOURCES["fashion_mnist"]
     paths = {info.filename: source_dir / info.filename for info in builders.archives(full).values()}
     for info in builders.archives(full).values():
         builders.verify(paths[info.filename], info, full.gzip_times[info.filename])
     arrays = full.read(paths)
-    train, test = mini.num_examples["train"], mini.num_examples["test"]
+    train, test = embedded.NUM_EXAMPLES["train"], embedded.NUM_EXAMPLES["test"]
     np.savez_compressed(
         output,
         train_x=arrays.train_x[:train],
@@ -48,9 +48,7 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description="Makes the embedded data set.")
     parser.add_argument("source_dir", type=Path, help="the folder with Fashion-MNIST's four .gz archives")
-    parser.add_argument(
-        "output", type=Path, nargs="?", default=Path(__file__).with_name("fashion_mnist_mini.npz")
-    )
+    parser.add_argument("output", type=Path, nargs="?", default=embedded.PATH)
     args = parser.parse_args()
     checksum = make(args.source_dir, args.output)
     print(f"{args.output}: {args.output.stat().st_size} bytes, SHA-256 {checksum}")
