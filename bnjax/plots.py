@@ -1,5 +1,6 @@
 """Figures from labelled results. The only module that imports matplotlib; it needs no display."""
 
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -8,9 +9,12 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
+from bnjax.analysis.robustness import at_best
+
 # Okabe & Ito's colours, told apart with any kind of colour vision; each line has a marker of its own too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+TITLE_SIZE = 10.5  # of long titles, in points
 
 
 def robustness(
@@ -24,17 +28,17 @@ def robustness(
     """Final test accuracy against init_scale: per network the median and the spread over seeds.
 
     Args:
-      accuracy: from `bnjax.sweeps.robustness.final_accuracy`; of several learning rates the best per scale.
+      accuracy: from `bnjax.analysis.robustness.final_accuracy`; of several learning rates (or settings of other
+        axes) the best per scale.
       threshold: fraction of the best median, drawn as a line.
       chance: the accuracy of guessing, drawn as a line.
       baselines: the networks drawn dashed.
-      title: above the figure.
+      title: above the figure; broken into lines by its width.
 
     Returns:
       A matplotlib figure: accuracy in per cent over init_scale, a factor, on a logarithmic axis.
     """
-    best = accuracy.median("seed").fillna(0).argmax("learning_rate")
-    accuracy = 100 * accuracy.isel(learning_rate=best)
+    accuracy = 100 * at_best(accuracy)
     figure = Figure(figsize=(8, 4.8), layout="constrained", dpi=150)
     axes = figure.add_subplot(xscale="log")
     scales = accuracy.init_scale.values
@@ -60,8 +64,8 @@ def robustness(
         xlabel="init_scale (factor of the standard deviation of the initial weights)",
         ylabel="final test accuracy (%)",
         ylim=(0, 100),
-        title=title,
     )
+    axes.set_title(_wrapped(title, figure), fontsize=TITLE_SIZE)
     if len(scales) > 1:
         axes.set_xlim(scales[0] / 1.3, scales[-1] * 1.3)  # so that no marker is cut
         decades = np.arange(np.ceil(np.log10(scales[0])), np.floor(np.log10(scales[-1])) + 1)
@@ -264,41 +268,79 @@ def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = Non
     return figure
 
 
-def maps(values: xr.DataArray, label: str, *, level: float, title: str = "") -> Figure:
+def maps(
+    values: xr.DataArray,
+    label: str,
+    *,
+    level: float,
+    best: xr.DataArray | None = None,
+    labels: tuple[str, str] = ("", ""),
+    title: str = "",
+    columns: int = 3,
+) -> Figure:
     """One map for each model: a value over init_scale and learning_rate, on logarithmic axes.
 
     Args:
       values: of dimensions (model, learning_rate, init_scale).
-      label: of the colours.
+      label: of the colours, which any kind of colour vision tells apart.
       level: cells of this value or above have a dot.
-      title: above the figure.
+      best: the learning rates to mark with a star, [model, init_scale]; NaN: none.
+      labels: what a dot and what a star means, for a legend beneath the maps.
+      title: above the figure; broken into lines by its width.
+      columns: most maps in a row.
 
     Returns:
       A matplotlib figure.
     """
-    figure = Figure(figsize=(5.2 * values.sizes["model"], 4.2), layout="constrained", dpi=150)
-    grid = figure.subplots(1, values.sizes["model"], squeeze=False, sharey=True)[0]
-    for axes, name in zip(grid, values.model.values, strict=True):
+    names = values.model.values
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(5.2 * columns, 4.2 * rows), layout="constrained", dpi=150)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes in grid.ravel()[len(names) :]:
+        axes.set_visible(False)
+    for axes, name in zip(grid.ravel(), names, strict=False):
         one = values.sel(model=name).transpose("learning_rate", "init_scale")
         corners = [_edges(one[dim].values) for dim in ("init_scale", "learning_rate")]
         mesh = axes.pcolormesh(
             *corners, one, cmap="cividis", vmin=float(values.min()), vmax=float(values.max())
         )
-        rates, scales = np.nonzero(one.values >= level)
-        axes.plot(
-            one.init_scale.values[scales],
-            one.learning_rate.values[rates],
-            linestyle="none",
-            marker="o",
-            color="white",
-            markeredgecolor="black",
-            markersize=5,
+        reached, starred = one.values >= level, np.zeros(one.shape, bool)
+        if best is not None:
+            starred = (one.learning_rate == best.sel(model=name)).transpose(*one.dims).values
+        for cells, marker, size, words in zip((starred, reached), "*o", (14, 4.5), labels[::-1], strict=True):
+            y, x = np.nonzero(cells)
+            axes.plot(
+                one.init_scale.values[x],
+                one.learning_rate.values[y],
+                linestyle="none",
+                marker=marker,
+                color="white",
+                markeredgecolor="black",
+                markersize=size,
+                label=words,
+            )
+        axes.set(
+            xscale="log", yscale="log", xlabel="init_scale (factor of the initial weights)", title=str(name)
         )
-        axes.set(xscale="log", yscale="log", xlabel="init_scale", title=str(name))
-    grid[0].set_ylabel("learning rate")
-    figure.colorbar(mesh, ax=grid.tolist(), label=label)
-    figure.suptitle(title)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("learning rate")
+    figure.colorbar(mesh, ax=grid.ravel().tolist(), label=label)
+    if any(labels):
+        figure.legend(
+            handles=grid[0, 0].lines,
+            loc="outside lower center",
+            ncols=2,
+            facecolor="0.8",
+            fontsize=9,
+        )
+    figure.suptitle(_wrapped(title, figure), fontsize=TITLE_SIZE)
     return figure
+
+
+def _wrapped(title, figure):
+    """In lines that are no wider than the figure, but for longer words."""
+    return textwrap.fill(title, int(11 * figure.get_figwidth()), break_long_words=False)
 
 
 def mean_field_growth(results: xr.Dataset) -> Figure:

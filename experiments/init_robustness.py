@@ -8,19 +8,21 @@ no BN over 1.5. Above a scale of 100 BN is no better than its frozen baseline: w
 """
 
 import contextlib
+import itertools
 import math
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import xarray as xr
 from absl import app, flags
-from rich.table import Table
 
 import bnjax
 from bnjax import activations, choices, plots, training
+from bnjax.analysis import robustness
 from bnjax.models import mlp
-from bnjax.sweeps import grid, robustness, store
+from bnjax.sweeps import grid, store
 from experiments import common, measure_width
 
 FLAGS = flags.FLAGS
@@ -81,8 +83,10 @@ flags.adopt_module_key_flags(common)  # so that --helpshort shows them
 flags.DEFINE_integer("devices", None, "Local devices to use. Default: all.", lower_bound=1)
 
 SCRIPT = "init_robustness"
-THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
+LEARNS = 0.05  # of test accuracy above guessing: less says nothing of a learning rate
 NORM_NAMES = {"batch": "BN", "none": "no BN"}
+# What else tells runs apart: named in a figure's title where it is not the default.
+NAMED_FLAGS = ("train_examples", "standardize", "epsilon", "scaled_layers", "weight_decay", "data_seed")
 
 
 class Job(NamedTuple):
@@ -99,7 +103,7 @@ class Job(NamedTuple):
 
 @common.interruptible()
 def main(argv: list[str]) -> None:
-    """Flags -> sweep -> table, figure, stored result."""
+    """Flags -> sweep -> table, figures, stored result."""
     common.prepare_process()
     path = Path(FLAGS.out).expanduser() / common.RESULTS
     try:
@@ -218,35 +222,34 @@ def networks() -> tuple[dict[str, bnjax.Model], dict[str, str]]:
 
 
 def report(results: xr.Dataset, path: Path) -> None:
-    """Prints the table and writes the figure beside the results, which stand at `path`."""
+    """Prints the table and writes the figures beside the results, which stand at `path`."""
     _, baselines = networks()
-    chance = 1 / next(iter(results.attrs["models"].values()))["num_outputs"]
-    accuracy = robustness.final_accuracy(results, chance)
-    thresholds = sorted({*THRESHOLDS, FLAGS.threshold})
-    summaries = robustness.summarize(accuracy, thresholds, baselines=baselines)
+    thresholds = sorted({*robustness.THRESHOLDS, FLAGS.threshold})
+    print(bnjax.robustness(results, thresholds, baselines=baselines))
 
-    console = common.console()
-    console.print(table(accuracy, summaries, results))
-    if accuracy.sizes["learning_rate"] > 1:
-        console.print(rate_table(accuracy))
-
+    accuracy, chance = robustness.final_accuracy(results), robustness.guessing(results)
     figure = plots.robustness(
         accuracy,
         threshold=FLAGS.threshold,
         chance=chance,
         baselines=set(baselines.values()),
-        title=f"{FLAGS.dataset}, {FLAGS.depth} hidden layers of {FLAGS.hidden_width}, {FLAGS.activation}, "
-        f"{FLAGS.steps} steps of {FLAGS.batch_size}",
+        title=title(),
     )
-    picture = common.save(figure, path.with_name("accuracy.png"), SCRIPT)
-    more = 4 * accuracy.sizes["seed"]
-    print(f"figure:   {picture}")
+    figures = {"accuracy.png": figure}
+    if accuracy.sizes["learning_rate"] > 1:
+        rates = best_rates(accuracy, chance)
+        print("", *rate_lines(rates), sep="\n")
+        figures["rates.png"] = rate_maps(accuracy, rates)
+    print()
+    for name, figure in figures.items():
+        print(f"figure:   {common.save(figure, path.with_name(name), SCRIPT)}")
     print(f"results:  {path}   (bnjax.load_results opens it)")
     plans = {}
     for name, plan in results.attrs["plan"].items():
         plans.setdefault(_in_words(plan), []).append(name)
     for words, names in plans.items():
-        print(f"plan:     {words}" + f" ({', '.join(names)})" * (len(plans) > 1))
+        print(f"plan:     {'; '.join(names)}: {words}")
+    more = 4 * accuracy.sizes["seed"]
     larger = common.command(SCRIPT, seeds=more, out=path.parent, overwrite=None)
     print(f"continue: {larger}   (only new cells are trained)")
 
@@ -257,80 +260,66 @@ def _in_words(plan):
     return f"width {plan['width']} on {devices} device{'s' * (devices > 1)}{narrowed}"
 
 
-def table(accuracy: xr.DataArray, summaries: dict, results: xr.Dataset) -> Table:
-    """One row per network, one column per threshold."""
-    seeds = accuracy.sizes["seed"]
-    best = float(accuracy.median("seed").max())
-    found = Table(
-        title="Robust range: decades of init_scale over which the network trains",
-        caption=(
-            f"A network trains at a scale if the median of {seeds} seeds ends with at least q of the best median "
-            f"test accuracy, {best:.1%}; a diverged run counts as chance. The range is the longest run of scales "
-            "that pass, >= where it reaches an end of the grid. In brackets: 95% bootstrap interval over seeds. "
-            "vs frozen: median accuracy less that of BN with its hidden weights frozen, in percentage points, at "
-            "the lower and the upper end of the range. Holes: scales that fail between ones that pass."
-        ),
-        caption_justify="left",
-        show_lines=True,
-    )
-    found.add_column("network")
-    found.add_column("best median\n(at scale)\ndiverged")
-    for threshold in next(iter(summaries.values())):
-        style = "bold" if threshold == FLAGS.threshold else ""
-        found.add_column(f"decades at\nq = {threshold:.4g}", style=style)
-    for name, by_threshold in summaries.items():
-        medians = accuracy.sel(model=name).median("seed").max("learning_rate")
-        diverged = results.diverged.sel(model=name)
-        found.add_row(
-            name,
-            f"{float(medians.max()):.1%}\n({scale_text(float(medians.idxmax()))})\n"
-            f"{int(diverged.sum())} of {diverged.size}",
-            *(cell_text(summary) for summary in by_threshold.values()),
-        )
-    return found
+def title() -> str:
+    """What tells the figures of this run from those of others: data, networks, training."""
+    rates = sorted(common.parse_floats("learning_rates", FLAGS.learning_rates))
+    rate = f"{rates[0]:.3g}"
+    if len(rates) > 1:
+        rate += f" to {rates[-1]:.3g} (best of {len(rates)} per scale)"
+    normed = [f"BN {FLAGS.norm_position.replace('_', ' ')}"] if "batch" in FLAGS.norms else []
+    parts = [
+        FLAGS.dataset,
+        f"{FLAGS.depth} hidden layer{'s' * (FLAGS.depth > 1)} of {FLAGS.hidden_width}",
+        FLAGS.activation,
+        *normed,
+        *FLAGS.initializers,
+        FLAGS.optimizer,
+        f"learning rate {rate}",
+        f"momentum {FLAGS.momentum:g}",
+        f"{FLAGS.steps} steps of batch {FLAGS.batch_size}",
+        *(f"{name} {FLAGS[name].value}" for name in NAMED_FLAGS if FLAGS[name].value != FLAGS[name].default),
+    ]
+    return ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)  # lines break between them
 
 
-def cell_text(summary: robustness.Summary) -> str:
-    """Decades, interval, ends, distance to the baseline at the ends, holes: a line each."""
-    found = summary.range
-    lines = [decades_text(found)]
-    if summary.interval:
-        low, high = map(decades_text, summary.interval)
-        lines[0] += f"  \\[{low}, {high}]"
-    if not math.isnan(found.decades):
-        lines.append(f"{scale_text(found.low)} to {scale_text(found.high)}")
-        if not math.isnan(summary.above_low):
-            lines.append(f"vs frozen {100 * summary.above_low:+.1f}, {100 * summary.above_high:+.1f}")
-    if found.holes:
-        lines.append(f"holes {', '.join(scale_text(hole) for hole in found.holes)}")
-    return "\n".join(lines)
+def best_rates(accuracy: xr.DataArray, chance: float) -> xr.DataArray:
+    """The learning rate of the best median, [model, init_scale]; NaN where no median is above guessing by `LEARNS`.
+
+    There all rates are much the same, and the best of them would say nothing.
+    """
+    medians = robustness.at_best(accuracy).median("seed")
+    return medians.learning_rate.where(medians > chance + LEARNS)
 
 
-def decades_text(found: robustness.RobustRange) -> str:
-    """`>=8.0`, `1.5`, or `-` for none."""
-    if math.isnan(found.decades):
-        return "-"
-    return f"{'>=' if found.open_low or found.open_high else ''}{found.decades:.1f}"
-
-
-def scale_text(scale: float) -> str:
-    """A scale in as few characters as it takes: 1, 0.316, 1e-4."""
-    if 0.01 <= scale < 1000:
-        return f"{scale:.3g}"
-    mantissa, exponent = f"{scale:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def rate_table(accuracy: xr.DataArray) -> Table:
-    """The best learning rate for each scale and network."""
-    rates = robustness.best_learning_rate(accuracy)
-    found = Table(title="Learning rate of the best median, per init_scale")
-    found.add_column("init_scale", justify="right")
+def rate_lines(rates: xr.DataArray) -> list[str]:
+    """The `best_rates` of each network, a paragraph each: rates, and the scales at which they are the best."""
+    scales = [robustness.scale_text(scale) for scale in rates.init_scale.values]
+    lines = [f"Learning rate of the best median (none: at most {100 * LEARNS:.0f} points above guessing)"]
     for name in rates.model.values:
-        found.add_column(str(name), justify="right")
-    for scale in rates.init_scale.values:
-        found.add_row(scale_text(scale), *(f"{rate:.3g}" for rate in rates.sel(init_scale=scale).values))
-    return found
+        words = ["none" if math.isnan(rate) else f"{rate:.3g}" for rate in rates.sel(model=name).values]
+        parts = []
+        for word, group in itertools.groupby(range(len(scales)), key=words.__getitem__):
+            first, *_, last = [*group] * 2
+            parts.append(f"{word} (scale {scales[first]}{f' to {scales[last]}' * (last > first)})")
+        lines += textwrap.wrap(f"{name}: {', '.join(parts)}", robustness.COLUMNS, subsequent_indent="    ")
+    return lines
+
+
+def rate_maps(accuracy: xr.DataArray, rates: xr.DataArray):
+    """The figure of accuracy over scale and learning rate, a map for each network, with its `best_rates`."""
+    medians, seeds = accuracy.median("seed"), accuracy.sizes["seed"]
+    level = FLAGS.threshold * float(medians.max())
+    return plots.maps(
+        100 * medians,
+        f"final test accuracy (%),\n{f'median of {seeds} seeds' if seeds > 1 else 'one seed'}",
+        level=100 * level,
+        best=rates,
+        labels=(
+            f"trains: {FLAGS.threshold:.4g} of the best, {level:.1%}, or more",
+            "best rate at this scale",
+        ),
+        title=title(),
+    )
 
 
 if __name__ == "__main__":

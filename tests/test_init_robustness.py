@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import scripts
 import xarray as xr
+from absl import flags
 
 import bnjax
 from experiments import common
@@ -74,27 +75,24 @@ def test_malformed_seeds(text):
         common.parse_seeds("seeds", text)
 
 
-@pytest.mark.parametrize(
-    ("scale", "text"), [(1, "1"), (0.0316, "0.0316"), (1e-4, "1e-4"), (3.16e4, "3.16e4")]
-)
-def test_scale_text(scale, text):
-    assert init_robustness.scale_text(scale) == text
-
-
 def test_whole_run(main, tmp_path, capsys):
     main()
     out = capsys.readouterr().out
+    table = out[: out.index("figure: ")]
     for words in (
         "Robust range",
-        "q = 0.7",
-        "q = 0.8",
-        "q = 0.9",
-        "q = 0.95",
-        "no BN",
-        "BN, hidden frozen",
-        "vs frozen",
+        "70%",
+        "80%",
+        "90%",
+        "95%",
+        "no BN: best median",
+        "BN, hidden frozen: best",
     ):
-        assert words in out
+        assert words in table
+    assert "Baseline of BN; no BN: BN, hidden frozen." in table
+    assert max(map(len, table.splitlines())) <= 80
+    assert re.search(r"^plan: +BN; no BN; BN, hidden frozen: width \d+ on 2 devices$", out, re.MULTILINE)
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["accuracy.png"]
     assert (tmp_path / "out" / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
     results = bnjax.load_results(tmp_path / "out" / "results.zarr")
     assert results.test_accuracy.dims == ("model", "seed", "init_scale", "learning_rate", "step")
@@ -112,9 +110,7 @@ def test_whole_run(main, tmp_path, capsys):
     main()
     again = capsys.readouterr().out
     assert "its cells are checked" in again
-    assert [line for line in again.splitlines() if "│" in line] == [
-        line for line in out.splitlines() if "│" in line
-    ]
+    assert again[again.index("Robust range") :] == out[out.index("Robust range") :]
 
 
 def test_a_plan_in_words():
@@ -122,6 +118,94 @@ def test_a_plan_in_words():
     assert init_robustness._in_words(stored) == "width 16 on 2 devices"
     narrowed = stored | {"devices": 1, "narrowed": "width 32 needs more"}
     assert init_robustness._in_words(narrowed).endswith("16 on 1 device; width 32 needs more")
+
+
+@pytest.fixture
+def flagged():
+    """Sets the flags, over the tiny ones, without a run; the script's module."""
+
+    def call(**options):
+        module, values = scripts.load("init_robustness"), flags.FLAGS
+        values.unparse_flags()
+        for flag in values:
+            values[flag].unparse()
+        values(["init_robustness.py", *(f"--{flag}={value}" for flag, value in (TINY | options).items())])
+        return module
+
+    yield call
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {},
+            "1 hidden layer of 8, relu, BN before activation, he_normal, sgd, learning rate 0.1, momentum 0.9, ",
+        ),
+        ({"depth": 2}, "2 hidden layers of 8"),
+        ({"optimizer": "adam"}, "adam, learning rate 0.1"),
+        ({"learning_rates": "1,0.01,0.1"}, "learning rate 0.01 to 1 (best of 3 per scale)"),
+        ({"initializers": "orthogonal,he_normal"}, "orthogonal, he_normal"),
+        ({"norm_position": "after_activation"}, "BN after activation"),
+        ({"norms": "none"}, "relu, he_normal"),
+        ({"weight_decay": 0.01}, "weight_decay 0.01"),
+        ({"epsilon": 1e-3}, "epsilon 0.001"),
+        ({"scaled_layers": "all"}, "scaled_layers all"),
+        ({}, "15 steps of batch 50, train_examples 300"),
+    ],
+)
+def test_the_title_tells_runs_apart(flagged, options, words):
+    assert words in flagged(**options).title().replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_best_rates_in_words(flagged):
+    """Of rates 0.01 and 0.1; where the best is no more than 5 points above guessing, none."""
+    dims = {
+        "model": ["BN", "no BN"],
+        "init_scale": [1e-4, 1.0, 10.0, 100.0],
+        "learning_rate": [0.01, 0.1],
+        "seed": [0],
+    }
+    low, high = [[0.8, 0.7, 0.1, 0.15], [0.1, 0.1, 0.1, 0.1]], [[0.7, 0.6, 0.3, 0.14], [0.1, 0.9, 0.1, 0.1]]
+    accuracy = xr.DataArray(np.stack([low, high], -1)[..., None], dims)
+    module = flagged()
+    rates = module.best_rates(accuracy, 0.1)
+    np.testing.assert_array_equal(rates, [[0.01, 0.01, 0.1, np.nan], [np.nan, 0.1, np.nan, np.nan]])
+    assert module.rate_lines(rates)[1:] == [
+        "BN: 0.01 (scale 1e-4 to 1), 0.1 (scale 10), none (scale 100)",
+        "no BN: none (scale 1e-4), 0.1 (scale 1), none (scale 10 to 100)",
+    ]
+
+
+def test_report_of_several_learning_rates(flagged, tmp_path, capsys):
+    """A map beside the curve, each network's width, 80 columns."""
+    names = ["BN", "no BN", "BN, hidden frozen"]
+    dims = {"model": names, "seed": [0, 1], "init_scale": [0.01, 1.0, 100.0], "learning_rate": [0.01, 0.1]}
+    accuracy = xr.DataArray(np.linspace(0.1, 0.9, 36).reshape(3, 2, 3, 2), dims).expand_dims(
+        step=[15], axis=-1
+    )
+    plans = {name: {"width": 16 if name == "no BN" else 8, "devices": 2} for name in names}
+    results = xr.Dataset(
+        {"test_accuracy": accuracy, "diverged": accuracy.isel(step=0, drop=True) < 0},
+        attrs={"models": {name: {"num_outputs": 10} for name in names}, "plan": plans},
+    )
+    module = flagged(learning_rates="0.01,0.1", out=tmp_path)
+    module.report(results, tmp_path / "results.zarr")
+    out = capsys.readouterr().out
+    pictures = [tmp_path / name for name in ("accuracy.png", "rates.png")]
+    assert [line for line in out.splitlines() if "figure" in line] == [
+        f"figure:   {path}" for path in pictures
+    ]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
+    table = out[: out.index("figure: ")]
+    assert "Each scale has its best learning_rate" in table
+    assert "Learning rate of the best median" in table
+    assert max(map(len, table.splitlines())) <= 80
+    assert (
+        "plan:     BN; BN, hidden frozen: width 8 on 2 devices\nplan:     no BN: width 16 on 2 devices\n"
+        in out
+    )
 
 
 def test_other_results_are_refused_unless_they_may_be_replaced(main, tmp_path):
@@ -180,6 +264,7 @@ def test_learning_rates_and_initializers(main, capsys, tmp_path):
     )
     out = capsys.readouterr().out
     assert "Learning rate of the best median" in out
+    assert (tmp_path / "out" / "rates.png").exists()
     results = bnjax.load_results(tmp_path / "out" / "results.zarr")
     assert results.model.values.tolist() == [
         "BN, he_normal",
@@ -315,7 +400,6 @@ def test_main_job_at_its_defaults(tmp_path, activation):
     paths = [f"--out={tmp_path / 'out'}", f"--data_dir={tmp_path / 'data'}"]
     subprocess.run([*command, *paths], cwd=ROOT, check=True, capture_output=True)
     results = bnjax.load_results(tmp_path / "out" / "results.zarr")
-    accuracy = bnjax.sweeps.robustness.final_accuracy(results, chance=0.1)
-    summaries = bnjax.sweeps.robustness.summarize(accuracy, [0.8])
+    summaries = bnjax.robustness(results, [0.8]).summaries
     assert summaries["BN"][0.8].range.decades == pytest.approx(8)
     assert summaries["no BN"][0.8].range.decades < 3

@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from bnjax import plots
-from bnjax.sweeps import robustness
+from bnjax.analysis import robustness
 from experiments.controls.common import (
     BN,
     CHANCE,
