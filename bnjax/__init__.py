@@ -1,8 +1,10 @@
 """bnjax: what batch normalization does to initialization."""
 
 from bnjax import activations, batch_norm, data, initializers, jacobian, probes, theory
+from bnjax.analysis.robustness import robustness
 from bnjax.export import save as save_results
 from bnjax.models.mlp import mlp
+from bnjax.networks import as_model, describe
 from bnjax.sweeps.run import sweep
 from bnjax.sweeps.store import load as load_results
 from bnjax.sweeps.store import status
@@ -22,14 +24,17 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "activations",
+    "as_model",
     "batch_norm",
     "data",
+    "describe",
     "initializers",
     "jacobian",
     "load_results",
     "make_train",
     "mlp",
     "probes",
+    "robustness",
     "save_results",
     "status",
     "sweep",

@@ -1,12 +1,15 @@
-"""Looking a name up in a table of allowed ones, with an error that helps."""
+"""What arguments may be: names of a table, new names, counts. The errors say what is allowed."""
 
 import difflib
+import numbers
+import re
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 NO_ALIASES: Mapping[str, str] = MappingProxyType({})
+NOT_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def check(argument: str, name: str, allowed: Iterable[str], aliases: Mapping[str, str] = NO_ALIASES) -> None:
@@ -35,3 +38,25 @@ def choose(
     """`table[name]`, or the error of `check`."""
     check(argument, name, table, aliases)
     return table[name]
+
+
+def check_name(argument: str, name: Any) -> None:
+    """Raises a ValueError unless results can be stored under this name, which may become a file's."""
+    if not isinstance(name, str) or name in ("", ".", "..") or NOT_IN_NAMES.search(name):
+        raise ValueError(
+            f"{argument} must be a string that can name a file (not empty, '.' or '..'; no '/', control characters or "
+            f"surrogates), got {name!r}"
+        )
+
+
+def is_integer(value: Any) -> bool:
+    """Of Python or numpy; truth values are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_count(argument: str, value: Any) -> None:
+    """Raises a ValueError unless it is a whole number in [1, 2^31): compiled programs count in 32 bits."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{argument} must be a positive integer, got {value!r}")
+    if value >= 2**31:
+        raise ValueError(f"{argument} must be below 2^31, got {value!r}")

@@ -8,14 +8,14 @@ A layer is named as the model names it: a weight matrix by its path in `params` 
     singular_values                   of the Jacobian between two intermediates, over the whole batch
     spread, stable_rank, angle        of arrays
 
-Those of the second and third line need a model that has `layers`, whoever made it: `bnjax.mlp`, a Flax module
-(`bnjax.interop.flax.model_from_flax`), or a user's own. With N examples in the batch, an intermediate is
-[N, ...], and its U units are the entries of one example (in an image, each position of each channel).
+They take whatever `bnjax.as_model` does. Where a model has no `layers` of its own, its intermediates are read off its
+trace (`bnjax.tracing`). With N examples in the batch, an intermediate is [N, ...], and its U units are the entries of
+one example (in an image, each position of each channel).
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.sparse import linalg
 
-from bnjax import choices
+from bnjax import choices, tracing
+from bnjax.networks import as_model
 from bnjax.types import Array, Dataset, Hyperparams, Model, Probe, PyTree, Snapshot
 
 # Of a Jacobian that `singular_values` forms: 32 MB in float32, and some seconds for its singular values.
@@ -69,34 +70,38 @@ def shapes(probe: Probe, model: Model, ds: Dataset) -> dict[str, jax.ShapeDtypeS
     return found
 
 
-def kernels(params: PyTree, batch_stats: PyTree = ()) -> dict[str, Any]:
-    """The weight matrices by name: arrays of rank 2 and above, in natural order (`hidden_2` before `hidden_10`).
+def kernels(params: PyTree, batch_stats: PyTree = (), among: Collection[str] | None = None) -> dict[str, Any]:
+    """The weight matrices by name, in natural order (`hidden_2` before `hidden_10`).
 
     Args:
       params: of a network.
       batch_stats: of the network; frozen matrices stand there.
+      among: the paths of the network's kernels. None: all arrays of rank 2 and above, as is right for an mlp.
     """
     found = {}
     for tree in (params, batch_stats):
         for path, value in jax.tree_util.tree_leaves_with_path(tree):
-            if jnp.ndim(value) >= 2:
-                found[_kernel_name(path)] = value
+            name = tracing.name_of(path)
+            if jnp.ndim(value) >= 2 if among is None else name in among:
+                found[name.removesuffix("/kernel")] = value
     return {name: found[name] for name in sorted(found, key=_natural)}
-
-
-def _kernel_name(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/kernel")
 
 
 def _natural(name):
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
+def _form(model, input_shape):
+    """((params, batch_stats), `Reading`, a batch), arrays as shapes."""
+    state = jax.eval_shape(lambda: model.init(jax.random.key(0), tuple(input_shape), 1.0))
+    return state, *tracing.read_examples(model.apply, *state, input_shape)
+
+
 def _with_kernels(params, batch_stats, values):
     """Both trees with other weight matrices: `values` by name."""
 
     def replaced(path, value):
-        return values[_kernel_name(path)] if jnp.ndim(value) >= 2 else value
+        return values.get(tracing.name_of(path).removesuffix("/kernel"), value)
 
     return (jax.tree_util.tree_map_with_path(replaced, tree) for tree in (params, batch_stats))
 
@@ -106,7 +111,7 @@ def _cross_entropy(outputs, labels):
 
 
 def weights(
-    model: Model,
+    model: Any,
     input_shape: tuple[int, ...],
     *,
     batch_size: int | None = None,
@@ -120,7 +125,7 @@ def weights(
     gradient_norm, if there is a `batch_size`: |dL/dW| in training mode.
 
     Args:
-      model: the network; it need not have `layers`.
+      model: the network.
       input_shape: of one example.
       batch_size: the gradient is that of the first so many training examples. None: not measured.
       loss: of outputs [N, K] and labels [N], a scalar; by default the mean cross-entropy.
@@ -130,15 +135,17 @@ def weights(
         number of training examples.
     """
     _check_batch_size(batch_size)
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), tuple(input_shape), 1.0))
-    names = tuple(kernels(*shapes))
+    model = as_model(model)
+    state, reading, _ = _form(model, input_shape)
+    paths = reading.kernels
+    names = tuple(kernels(*state, paths))
     if not names:
-        raise ValueError("the model has no weight matrices: arrays of rank 2 and above")
+        raise ValueError("the model has no weight matrices: no product of x with a parameter")
 
     def measure(snapshot: Snapshot):
         state = (snapshot.params, snapshot.batch_stats)
-        now = kernels(*state)
-        start = kernels(snapshot.initial_params, snapshot.initial_batch_stats)
+        now = kernels(*state, paths)
+        start = kernels(snapshot.initial_params, snapshot.initial_batch_stats, paths)
         norms = jnp.stack([_norm(now[name]) for name in names])
         angles = jnp.stack([angle(now[name], start[name]) for name in names])
         rate = snapshot.hyper.learning_rate / norms / norms
@@ -158,7 +165,7 @@ def weights(
 
 
 def flow(
-    model: Model,
+    model: Any,
     input_shape: tuple[int, ...],
     *,
     batch_size: int = 128,
@@ -169,19 +176,18 @@ def flow(
     Both in training mode, on the first training examples.
 
     Args:
-      model: a network with `layers`.
+      model: the network.
       input_shape: of one example.
       batch_size: the number of examples.
       loss: of outputs [N, K] and labels [N], a scalar; by default the mean cross-entropy.
 
     Raises:
-      ValueError: for a model without `layers`, or a `batch_size` below 1; when it measures, for one above the
-        number of training examples.
+      ValueError: for a `batch_size` below 1; when it measures, for one above the number of training examples.
     """
     _check_batch_size(batch_size)
-    x = jax.ShapeDtypeStruct((2, *input_shape), jnp.float32)
-    params, batch_stats = jax.eval_shape(lambda: model.init(jax.random.key(0), tuple(input_shape), 1.0))
-    names = tuple(_shapes(model, params, batch_stats, x, True))
+    model = as_model(model)
+    state, _, x = _form(model, input_shape)
+    names = tuple(_shapes(model, *state, x, True))
 
     def measure(snapshot: Snapshot):
         x, y = _first_examples(snapshot, batch_size)
@@ -212,7 +218,7 @@ def _first_examples(snapshot, batch_size):
 
 
 def signals(
-    model: Model,
+    model: Any,
     params: PyTree,
     batch_stats: PyTree,
     x: Array,
@@ -225,15 +231,14 @@ def signals(
     An entry is saturated if its derivative by the same entry of the intermediate named just before it is below
     `saturation` in magnitude: for an activation, |phi'(z)|, whose largest value is 1/4 for sigmoid and 1 for tanh
     and ReLU (for which it is the fraction of entries that are 0). Whether an intermediate is an elementwise function
-    of the one before is found by comparing its derivatives in two directions; if not, it is NaN. One that does not
-    depend on the one before at all counts as elementwise of slope 0: saturated = 1. The cost of L intermediates: L
-    times two derivatives of the network along a direction.
+    of the one before is found by comparing its derivatives in two directions; if not, or if it does not depend on it
+    at all, it is NaN. The cost of L intermediates: L times two derivatives of the network along a direction.
 
     The stable rank |X|_F^2 / |X|_2^2 of the centred X (Rudelson & Vershynin 2007) is at most min(N - 1, U), 1 if all
     examples lie on a line, and 0 if they are one point.
 
     Args:
-      model: a network with `layers`.
+      model: the network.
       params: of the network.
       batch_stats: of the network.
       x: the batch, [N, ...].
@@ -244,12 +249,13 @@ def signals(
       {name of the intermediate: `Signal`}, in the order of the model. (A `jax.jit` around it sorts the names.)
 
     Raises:
-      ValueError: for a model without `layers`, or an x that it does not take.
+      ValueError: for an x that the network does not take.
     """
+    model = as_model(model)
     offsets = _offsets(model, params, batch_stats, x, train)
 
     def show(offsets):
-        return model.layers(params, batch_stats, x, offsets, train=train)[1]
+        return _layers(model)(params, batch_stats, x, offsets, train=train)[1]
 
     shown = show({})
     saturated = _saturated(show, offsets, saturation)
@@ -284,7 +290,14 @@ def _saturated(show, offsets, saturation):
     """{name: fraction of entries with a slope below `saturation`, or NaN}, by derivatives along the offsets."""
     names = list(offsets)
     before = dict(zip(names[1:], names, strict=False))
-    like = {name: offsets[name] for name in names[1:] if offsets[before[name]].shape == offsets[name].shape}
+    _, reached = tracing.dependent(
+        lambda *values: show(dict(zip(names, values, strict=True))), *offsets.values()
+    )
+    like = {
+        name: offsets[name]
+        for i, name in enumerate(names[1:])
+        if offsets[before[name]].shape == offsets[name].shape and i in reached[name]
+    }
     _, push = jax.linearize(show, offsets)
     signs = {name: jax.random.rademacher(jax.random.key(0), o.shape, o.dtype) for name, o in offsets.items()}
     both = {name: jnp.stack([jnp.ones_like(sign), sign]) for name, sign in signs.items()}
@@ -312,7 +325,7 @@ def _saturated(show, offsets, saturation):
 
 
 def gradients(
-    model: Model,
+    model: Any,
     params: PyTree,
     batch_stats: PyTree,
     x: Array,
@@ -326,7 +339,7 @@ def gradients(
     of exactly 0 says that all entries are too small for it (or that there is no path), infinity that one is too large.
 
     Args:
-      model: a network with `layers`.
+      model: the network.
       params: of the network.
       batch_stats: of the network; frozen weight matrices stand there.
       x: the batch, [N, ...].
@@ -338,23 +351,27 @@ def gradients(
       `Gradients`.
 
     Raises:
-      ValueError: for a model without `layers`, or an x that it does not take.
+      ValueError: for an x that the network does not take.
     """
+    model = as_model(model)
     offsets = _offsets(model, params, batch_stats, x, train)
+    matrices = kernels(
+        params, batch_stats, tracing.read(model.apply, params, batch_stats, x, train=train).kernels
+    )
 
     def loss_of(offsets, matrices):
         state = _with_kernels(params, batch_stats, matrices)
-        return loss(model.layers(*state, x, offsets, train=train)[0])
+        return loss(_layers(model)(*state, x, offsets, train=train)[0])
 
-    to_offsets, to_matrices = jax.grad(loss_of, (0, 1))(offsets, kernels(params, batch_stats))
+    to_offsets, to_matrices = jax.grad(loss_of, (0, 1))(offsets, matrices)
     return Gradients(
         {name: _norm(to_offsets[name]) for name in offsets},
-        {name: _norm(to_matrices[name]) for name in kernels(params, batch_stats)},
+        {name: _norm(to_matrices[name]) for name in matrices},
     )
 
 
 def singular_values(
-    model: Model,
+    model: Any,
     params: PyTree,
     batch_stats: PyTree,
     x: Array,
@@ -370,7 +387,7 @@ def singular_values(
     by which a perturbation of the batch grows forward, and its gradient backward.
 
     Args:
-      model: a network with `layers`.
+      model: the network.
       params: of the network.
       batch_stats: of the network.
       x: the batch, [N, ...].
@@ -385,9 +402,10 @@ def singular_values(
       [min(entries of source, entries of target)], or [num].
 
     Raises:
-      ValueError: for a model without `layers`; an x that it does not take; names that it does not have; a target
-        before the source; without `num`, a Jacobian of more than 2^23 entries; a `num` out of range.
+      ValueError: for an x that the network does not take; names that it does not have; a target before the source;
+        without `num`, a Jacobian of more than 2^23 entries; a `num` out of range.
     """
+    model = as_model(model)
     shapes = _shapes(model, params, batch_stats, x, train)
     names = list(shapes)
     choices.check("target", target, names)
@@ -403,7 +421,7 @@ def singular_values(
     def function(vector):
         moved = vector.reshape(at.shape)
         batch, offsets = (moved, {}) if source is None else (jnp.asarray(x), {source: moved})
-        return model.layers(params, batch_stats, batch, offsets, train=train)[1][target].ravel()
+        return _layers(model)(params, batch_stats, batch, offsets, train=train)[1][target].ravel()
 
     if num is None:
         if rows * columns > LARGEST_JACOBIAN:
@@ -430,6 +448,11 @@ def singular_values(
     return unit * jnp.sqrt(jnp.maximum(values, 0))
 
 
+def _layers(model):
+    """The model's own, or that of its trace."""
+    return model.layers or tracing.layers(model.apply)
+
+
 def _offsets(model, params, batch_stats, x, train):
     """A zero offset for every named intermediate, in the model's order."""
     shapes = _shapes(model, params, batch_stats, x, train)
@@ -438,15 +461,10 @@ def _offsets(model, params, batch_stats, x, train):
 
 def _shapes(model, params, batch_stats, x, train):
     """{name of an intermediate: its shape and dtype}, in the model's order."""
-    if model.layers is None:
-        raise ValueError(
-            "the model has no `layers` function, which shows its intermediates by name (bnjax.types.LayersFn); "
-            "bnjax.mlp and bnjax.interop.flax.model_from_flax have one"
-        )
     order = []
 
     def shown(params, batch_stats, x):
-        _, values = model.layers(params, batch_stats, x, {}, train=train)
+        _, values = _layers(model)(params, batch_stats, x, {}, train=train)
         order.extend(values)  # JAX sorts the keys of a dictionary
         return values
 

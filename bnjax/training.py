@@ -14,45 +14,41 @@ have diverged; then no further step is taken. A probed run takes all its steps: 
 depend on the runs beside it.
 """
 
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from bnjax import choices
-from bnjax.types import Array, Dataset, History, Hyperparams, Model, Probe, PyTree, Snapshot
+from bnjax import choices, tracing
+from bnjax.networks import as_model
+from bnjax.types import Array, Dataset, History, Hyperparams, Model, Probe, PyTree, Snapshot, check_value
 
 TEST_BATCH = 1000  # examples evaluated at once, so that memory does not grow with the test split
 
 
-def _decayed(hyper):
-    """Adds the gradient of `weight_decay / 2 * |W|^2` over weight matrices (biases and BN's scale excluded)."""
-    return optax.add_decayed_weights(hyper.weight_decay, mask=_matrices)
+def _decayed(hyper, kernels):
+    """Adds the gradient of `weight_decay / 2 * |W|^2` over kernels (biases, embeddings and BN's scale excluded)."""
+    return optax.add_decayed_weights(hyper.weight_decay, mask=kernels)
 
 
-def _matrices(params):
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
-
-
+# Of the hyperparameters, and a tree that is true for kernels.
 OPTIMIZERS = MappingProxyType(
     {
-        "sgd": lambda h: optax.chain(_decayed(h), optax.sgd(h.learning_rate, momentum=h.momentum)),
-        "adam": lambda h: optax.chain(_decayed(h), optax.adam(h.learning_rate, b1=h.momentum)),
-        "adamw": lambda h: optax.adamw(
-            h.learning_rate, b1=h.momentum, weight_decay=h.weight_decay, mask=_matrices
+        "sgd": lambda h, k: optax.chain(_decayed(h, k), optax.sgd(h.learning_rate, momentum=h.momentum)),
+        "adam": lambda h, k: optax.chain(_decayed(h, k), optax.adam(h.learning_rate, b1=h.momentum)),
+        "adamw": lambda h, k: optax.adamw(
+            h.learning_rate, b1=h.momentum, weight_decay=h.weight_decay, mask=k
         ),
-        "rmsprop": lambda h: optax.chain(_decayed(h), optax.rmsprop(h.learning_rate, momentum=h.momentum)),
+        "rmsprop": lambda h, k: optax.chain(
+            _decayed(h, k), optax.rmsprop(h.learning_rate, momentum=h.momentum)
+        ),
     }
 )
-
-
-def _is_integer(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -63,12 +59,12 @@ class TrainConfig:
       steps: number of optimizer steps.
       batch_size: examples per step, at most the number of training examples.
       optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop", from optax. Weight decay is added
-        to the gradient, but for adamw, which decouples it. It applies to arrays of rank 2 and above.
+        to the gradient, but for adamw, which decouples it. It applies to kernels (`bnjax.tracing`).
       eval_every: steps between evaluations; None: only after the last step. There is always one there.
       data_seed: draws the order of the data, shared by all runs.
 
     Raises:
-      ValueError: when made with an unknown optimizer or a number that is not positive.
+      ValueError: when made with an unknown optimizer or a number that is not in [1, 2^31).
     """
 
     steps: int = 300
@@ -81,11 +77,9 @@ class TrainConfig:
         choices.check("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("steps", "batch_size", "eval_every"):
             value = getattr(self, name)
-            if value is None and name == "eval_every":
-                continue
-            if not _is_integer(value) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
-        if not _is_integer(self.data_seed) or not 0 <= self.data_seed < 2**31:
+            if value is not None or name != "eval_every":
+                choices.check_count(name, value)
+        if not choices.is_integer(self.data_seed) or not 0 <= self.data_seed < 2**31:
             raise ValueError(f"data_seed must be an integer in [0, 2^31), got {self.data_seed!r}")
 
     @property
@@ -117,12 +111,12 @@ class RunState(NamedTuple):
 
 
 def make_train(
-    model: Model, config: TrainConfig, probe: Probe | None = None, axis_name: str | None = None
+    model: Any, config: TrainConfig, probe: Probe | None = None, axis_name: str | None = None
 ) -> Callable[[Hyperparams, Dataset], History | tuple[History, dict[str, Array]]]:
     """Returns `train(hyper, ds) -> History`, pure; see the top of this module.
 
     Args:
-      model: the network.
+      model: the network, or whatever `bnjax.as_model` takes.
       config: what is the same for all runs.
       probe: with one it is `train(hyper, ds) -> (History, {quantity: [1 + E, ...]})`: what the probe measured before
         the first step and at each of the E evaluations. It sees the run and changes nothing in it but rounding; in
@@ -131,9 +125,9 @@ def make_train(
         program is some 10% slower.
 
     `train` raises ValueError (when traced) if the batch is larger than the training split, or labels and
-    examples differ in number.
+    examples differ in number, and for hyperparameters out of range, but where these are traced themselves.
     """
-    start, advance = make_run(model, config, probe, axis_name)
+    start, advance = make_run(as_model(model), config, probe, axis_name)
 
     def train(hyper, ds):
         state = advance(start(hyper, ds), hyper, ds, 0, config.steps)
@@ -156,6 +150,12 @@ def make_run(
     num_evaluations = len(config.eval_steps)
     every = config.eval_every or config.steps
 
+    def optimizer_of(hyper, params, batch_stats, ds):
+        x = jax.ShapeDtypeStruct((2, *ds.train_x.shape[1:]), ds.train_x.dtype)
+        kernels = tracing.read(model.apply, params, batch_stats, x).kernels
+        decayed = jax.tree_util.tree_map_with_path(lambda path, _: tracing.name_of(path) in kernels, params)
+        return OPTIMIZERS[config.optimizer](hyper, decayed)
+
     def probed(state, hyper, ds):
         if probe is None:
             return {}
@@ -166,9 +166,12 @@ def make_run(
 
     def start(hyper, ds):
         _check_shapes(ds, config)
+        for name, value in zip(Hyperparams._fields, hyper, strict=True):
+            if not isinstance(value, jax.core.Tracer):
+                check_value(name, value)
         hyper = _as_32_bit(hyper)
         drawn = model.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
-        opt_state = OPTIMIZERS[config.optimizer](hyper).init(drawn[0])
+        opt_state = optimizer_of(hyper, *drawn, ds).init(drawn[0])
         num_classes = jax.eval_shape(_outputs(model, drawn), ds.test_x[:1]).shape[-1]
         guessing = [jnp.full(num_evaluations, value, jnp.float32) for value in (jnp.inf, 1 / num_classes)]
         initial = None if probe is None else drawn
@@ -189,7 +192,7 @@ def make_run(
 
     def advance(state, hyper, ds, first, until):
         hyper = _as_32_bit(hyper)
-        optimizer = OPTIMIZERS[config.optimizer](hyper)
+        optimizer = optimizer_of(hyper, state.params, state.batch_stats, ds)
         num_train = len(ds.train_x)
         steps_per_epoch = num_train // config.batch_size
         data_key = jax.random.key(config.data_seed)
@@ -330,13 +333,17 @@ def check(model: Model, ds: Dataset, config: TrainConfig) -> None:
     if train != test:
         raise ValueError(f"training examples {train} and test examples {test} differ in shape")
 
-    def outputs():
-        return _outputs(model, model.init(jax.random.key(0), train, 1.0))(jnp.asarray(ds.train_x[:2]))
+    def outputs(x):
+        return _outputs(model, model.init(jax.random.key(0), train, 1.0))(x)
 
-    num_outputs = jax.eval_shape(outputs).shape[-1]
+    form = jax.eval_shape(outputs, jax.ShapeDtypeStruct((2, *train), ds.train_x.dtype))
+    shape = getattr(form, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != 2 or not jnp.issubdtype(form.dtype, jnp.floating):
+        raise ValueError(f"a network's outputs must be one array [N, K] of floats; for N = 2 it gives {form}")
+    num_outputs = shape[-1]
     for split, x, y in (("train", ds.train_x, ds.train_y), ("test", ds.test_x, ds.test_y)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(f"{split}_x must be floating point, got {x.dtype}")
+        if not (jnp.issubdtype(x.dtype, jnp.floating) or x.dtype in (np.int32, np.int64)):
+            raise ValueError(f"{split}_x must be floating point (or int32, of tokens), got {x.dtype}")
         if not jnp.issubdtype(y.dtype, jnp.integer):
             raise ValueError(f"{split} labels must be integers, got {y.dtype}")
         if y.min() < 0 or y.max() >= num_outputs:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array | np.ndarray
@@ -126,6 +127,19 @@ RANGES = MappingProxyType(
         ),
     }
 )
+
+
+def check_value(name: str, value: Any) -> None:
+    """Raises ValueError unless it is allowed for the hyperparameter of that name. It must not be traced."""
+    allowed, number = RANGES[name], np.asarray(value)
+    whole = allowed.dtype.kind == "u"
+    kinds = (jnp.integer,) if whole else (jnp.integer, jnp.floating)
+    if number.ndim == 0 and any(jnp.issubdtype(number.dtype, kind) for kind in kinds):
+        with np.errstate(over="ignore", under="ignore"):
+            used = number.astype(np.float64 if whole else allowed.dtype)  # what the program sees
+        if (used > allowed.low or (allowed.closed and used == allowed.low)) and used < allowed.bound:
+            return
+    raise ValueError(f"{name} must be {allowed.words}, got {value!r}")
 
 
 class Snapshot(NamedTuple):

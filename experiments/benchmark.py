@@ -182,6 +182,7 @@ def parse_shape(text: str) -> tuple[int, ...]:
         shape = ()
     if len(shape) < 2 or min(shape) < 1:
         raise ValueError(f"--shapes takes sizes such as 128x64 or 32x28x28x64, each at least 1, got {text!r}")
+    common.check_size("shapes", max(shape))
     return shape
 
 
@@ -342,6 +343,7 @@ def check_sweeps() -> Callable[[Path], None]:
         raise ValueError(
             f"--growth_cells takes numbers such as 64,1024, each at least 1, got {','.join(FLAGS.growth_cells)!r}"
         )
+    common.check_size("growth_cells", max(grids))
     page = Path(FLAGS.docs).expanduser() if FLAGS.docs else None
     if page and not (page.is_file() and BEGIN in page.read_text() and END in page.read_text()):
         raise ValueError(f"--docs={page} is not a page with the markers {BEGIN} and {END}")

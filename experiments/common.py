@@ -36,9 +36,17 @@ def fail(message: str) -> SystemExit:
 
 
 def check_arguments(argv: list[str]) -> None:
-    """Raises ValueError for what is left on the command line beside the flags."""
+    """Raises ValueError for what is left on the command line beside the flags, and for too large integers in these."""
     if len(argv) > 1:
         raise ValueError(f"unknown argument {argv[1]!r}: everything is set by flags")
+    for name in flags.FLAGS:
+        check_size(name, flags.FLAGS[name].value)
+
+
+def check_size(flag: str, value: Any) -> None:
+    """Raises ValueError, naming the flag, for an integer that compiled programs cannot hold."""
+    if isinstance(value, int) and not -(2**31) <= value < 2**31:
+        raise ValueError(f"--{flag} must be in [-2^31, 2^31), got {value}")
 
 
 def define_distributed() -> None:
@@ -126,7 +134,7 @@ def parse_seeds(flag: str, text: str) -> list[int]:
             seeds = range(int(text))
     except ValueError:
         seeds = []
-    if not 1 <= len(seeds) <= MOST_VALUES:
+    if not seeds or seeds[MOST_VALUES:]:  # a range's len() may overflow
         raise ValueError(
             f"--{flag} takes a count '5', a range '0:5' or a list '0,1,2' of 1 to {MOST_VALUES} seeds, got {text!r}"
         )

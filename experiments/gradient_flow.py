@@ -390,6 +390,7 @@ def integers(flag: str, least: int) -> list[int]:
         raise ValueError(
             f"--{flag} must be whole numbers of at least {least}, got {','.join(FLAGS[flag].value)!r}"
         )
+    common.check_size(flag, values[-1])
     return values
 
 

@@ -64,6 +64,16 @@ class TestBenchmark:
         with pytest.raises(SystemExit, match=r"error: --shapes takes sizes such as .* got"):
             main("benchmark", shapes=shape)
 
+    @pytest.mark.parametrize(
+        "options",
+        [{"shapes": f"4x{2**31}"}, {"rounds": 2**31}, {"workloads": "all", "growth_cells": f"1,{2**31}"}],
+    )
+    def test_too_large(self, main, tmp_path, options):
+        flag = [*options][-1]
+        with pytest.raises(SystemExit, match=rf"error: --{flag} must be in .* got 2147483648"):
+            main("benchmark", **options)
+        assert not (tmp_path / "out").exists()
+
     def test_a_shape_given_twice(self, main):
         with pytest.raises(SystemExit, match="--shapes names a shape twice: 8x4,8X4"):
             main("benchmark", shapes="8x4,8X4")
@@ -99,6 +109,7 @@ class TestJacobianCheck:
             ({"epsilon": 0}, "--epsilon must be above 0"),
             ({"std": 0}, "--std must be above 0"),
             ({"scale": "nan"}, "--scale must be finite"),
+            ({"seed": 10**20}, r"--seed must be in \[-2\^31, 2\^31\), got 100000000000000000000"),
         ],
     )
     def test_bad_flags(self, main, options, words):

@@ -91,11 +91,6 @@ class TestBySize:
         slow = dataclasses.replace(CONFIG, batch_size=10**9)
         assert plan.segment_of(bnjax.mlp(), images(), slow, 1, jax.devices()[0]) == 1
 
-    @pytest.mark.parametrize("name", ["width", "segment"])
-    def test_below_one(self, blobs, name):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            trainer(blobs, **{name: 0})
-
     def test_a_sweep_says_what_it_used(self, blobs):
         stored = sweep(blobs, width=4).attrs["plan"][""]
         assert json.loads(json.dumps(stored)) == {"width": 4, "devices": 2}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import bnjax
-from bnjax.sweeps import robustness
+from bnjax.analysis import robustness
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -24,20 +24,26 @@ ORDER = [
     "version",
     "choices",
     "compilation",
+    "convolution",
+    "tracing",
     "batch_norm",
     "jacobian",
     "activations",
     "initializers",
     "models.mlp",
     "interop.entries",
+    "interop.functions",
     "interop.flax",
     "interop.nnx",
+    "interop.equinox",
     "interop.torch",
+    "networks",
     "theory.mean_field",
     "theory",
     "probes",
     "data.standardization",
     "data.synthetic",
+    "data.embedded",
     "data.builders",
     "data.loading",
     "data",
@@ -53,17 +59,18 @@ ORDER = [
     "sweeps.layout",
     "sweeps.store",
     "sweeps.run",
-    "sweeps.robustness",
+    "analysis.robustness",
     "plots",
     "__init__",
     "__main__",
 ]
-EMPTY = {"interop.__init__", "models.__init__", "sweeps.__init__"}
+EMPTY = {"analysis.__init__", "interop.__init__", "models.__init__", "sweeps.__init__"}
 ONLY_IN = {
     "matplotlib": {"plots"},
     "tensorflow_datasets": {"data.builders"},
     "absl": set(),
-    "flax": {"interop.flax", "interop.nnx"},
+    "flax": {"interop.flax", "interop.nnx", "networks"},  # there only where it is imported already
+    "equinox": {"interop.equinox"},
     "torch": set(),
 }
 
@@ -105,7 +112,9 @@ def test_direction_of_imports(path):
 def test_importing_the_library_imports_nothing_heavy_or_optional():
     code = "import sys, bnjax; print(*{m.partition('.')[0] for m in sys.modules})"
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).split()
-    assert not {"tensorflow_datasets", "array_record", "matplotlib", "flax", "absl"} & {*loaded} - {
+    assert not {"tensorflow_datasets", "array_record", "matplotlib", "flax", "equinox", "absl"} & {
+        *loaded
+    } - {
         "absl"  # jax's own dependencies may import it
     }
 
@@ -115,7 +124,8 @@ def test_requirements_are_the_dependencies_and_extras():
     extras = project["optional-dependencies"]
     declared = [*project["dependencies"], *itertools.chain(*(extras[e] for e in extras if e != "peers"))]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    listed = [line for line in lines if line and not line.startswith("#")]
+    *listed, last = [line for line in lines if line and not line.startswith("#")]
+    assert last == "-e ."  # the package itself
     assert sorted(listed) == sorted(d for d in declared if not d.startswith("bnjax["))
 
 
@@ -154,14 +164,24 @@ def snippets(text):
 
 
 # data.md's needs files of the user's.
-@pytest.mark.parametrize("page", ["batch_norm.md", pytest.param("sweeps.md", marks=pytest.mark.slow)])
-def test_snippets_of_the_docs(page, tmp_path, monkeypatch):
-    """Their own assertions say what is to hold."""
+@pytest.mark.parametrize(
+    "page",
+    ["batch_norm.md", *(pytest.param(p, marks=pytest.mark.slow) for p in ("sweeps.md", "own_network.md"))],
+)
+def test_snippets_of_the_docs(page, tmp_path, monkeypatch, capsys):
+    """Their own assertions say what is to hold; one that prints a table is followed by that table."""
     monkeypatch.chdir(tmp_path)
-    found = snippets((ROOT / "docs" / page).read_text())
-    assert found
-    for snippet in found:
-        exec(compile(snippet, page, "exec"), {})
+    text = (ROOT / "docs" / page).read_text()
+    names = {}
+    for snippet in snippets(text):
+        names = names if snippet.startswith("# continued") else {}
+        exec(compile(snippet, page, "exec"), names)
+    printed = capsys.readouterr().out
+    assert names
+    for table in re.findall(
+        r"```\n(.*?)```", re.sub(r"```[a-z]+\n.*?```", "", text, flags=re.DOTALL), re.DOTALL
+    ):
+        assert table.strip() in printed or page != "own_network.md"
 
 
 @pytest.mark.filterwarnings("default")

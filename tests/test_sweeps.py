@@ -1,6 +1,8 @@
 """Grids: axes to cells, labels, chunks, bitwise independence of a cell from everything around it, storage."""
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import xarray as xr
 
 import bnjax
 from bnjax import probes
-from bnjax.sweeps import grid, run
+from bnjax.sweeps import grid, program, run
 from bnjax.types import History
 
 MODEL = bnjax.mlp((8, 8), 4)
@@ -175,6 +177,84 @@ class TestSweep:
         monkeypatch.setattr(run, "_train", lambda *_: pytest.fail("work was started"))
         with pytest.raises(ValueError, match=words):
             sweep(blobs._replace(**change), {"seed": [0]}, model)
+
+
+class TestRefusedBeforeAnyWork:
+    @pytest.fixture
+    def refused(self, blobs, tmp_path, monkeypatch):
+        """Checks that it raises a ValueError with these words, trains and compiles nothing and writes nothing."""
+        for module, name in ((run, "_train"), (program, "compiled"), (program, "_text")):
+            monkeypatch.setattr(module, name, lambda *_: pytest.fail("work was started"))
+        # Without the tests' checks of types, as users call it.
+        whatever = inspect.unwrap(bnjax.sweep)
+
+        def check(words, model=MODEL, **options):
+            options = {"path": tmp_path / "r.zarr", "progress": False} | options
+            with pytest.raises(ValueError, match=words):
+                whatever(model, blobs, CONFIG, {"seed": [0]}, **options)
+            assert [*tmp_path.iterdir()] == []
+
+        return check
+
+    NAMES = ("a/b", "", None, 1, 0.5, True, "a\0b", "a\nb", ".", "..", "\ud800")
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_names_of_models(self, refused, name):
+        words = r"a model's name must be a string that can name a file \(not empty, .* got " + re.escape(
+            repr(name)
+        )
+        refused(words, {"a": MODEL, name: MODEL})
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_names_of_quantities(self, refused, name):
+        words = r"a probe's quantity must be a string .* no '/', control .* got " + re.escape(repr(name))
+        refused(words, probe=bnjax.Probe(lambda s: {"a": jnp.ones(()), name: jnp.ones(())}))
+
+    @pytest.mark.parametrize("name", ["zarr.json", "bnjax", "done"])
+    def test_quantities_that_are_there_anyway(self, refused, name):
+        words = f"a probe must not call a quantity '{name}', a name that results have anyway"
+        refused(words, probe=bnjax.Probe(lambda s: {name: jnp.ones(())}))
+
+    @pytest.mark.parametrize("layers", [(1, 2), ("a", None), ("a", "b", "a"), ["a", []], "ab", None])
+    def test_layers(self, refused, layers):
+        words = "a probe's layers must be a list of different strings, got " + re.escape(repr(layers))
+        refused(words, probe=bnjax.Probe(lambda s: {"a": jnp.ones(2)}, layers))
+
+    @pytest.mark.parametrize("devices", [[], ()])
+    def test_no_devices(self, refused, devices):
+        refused(r"devices must be at least one \(None: all local ones\), got an empty list", devices=devices)
+
+    @pytest.mark.parametrize("minutes", [float("nan"), -1, -0.5, float("-inf"), "5", None, True, 1j])
+    def test_checkpoint_minutes(self, refused, minutes):
+        words = "checkpoint_minutes must be a number of at least 0, got " + re.escape(repr(minutes))
+        refused(words, checkpoint_minutes=minutes)
+
+    @pytest.mark.parametrize("argument", ["width", "segment"])
+    @pytest.mark.parametrize("value", [0, -1, True, 2.0, 2.5, float("nan"), "2"])
+    def test_counts(self, refused, argument, value):
+        words = f"{argument} must be a positive integer, got " + re.escape(repr(value))
+        refused(words, **{argument: value})
+
+    @pytest.mark.parametrize("argument", ["width", "segment"])
+    def test_large_counts(self, refused, argument):
+        refused(rf"{argument} must be below 2\^31, got 2147483648", **{argument: 2**31})
+
+
+def test_what_is_not_refused(blobs, tmp_path):
+    """Names and numbers of numpy, a layer's name with a slash or empty, and no checkpoints."""
+    results = inspect.unwrap(bnjax.sweep)(
+        {np.str_("BN, he_normal"): bnjax.mlp((), 4)},
+        blobs,
+        CONFIG,
+        {"seed": [0]},
+        probe=bnjax.Probe(lambda s: {np.str_("a quantity"): jnp.ones(2)}, ["x/y", np.str_("")]),
+        path=tmp_path / "r.zarr",
+        checkpoint_minutes=float("inf"),
+        width=np.int64(2),
+        segment=np.int32(5),
+        progress=False,
+    )
+    xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), results)
 
 
 class TestACellIsBitwiseItself:

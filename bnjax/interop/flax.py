@@ -13,6 +13,7 @@ Flax has no frozen parameters: a frozen kernel goes to "params", and Flax's user
 """
 
 import dataclasses
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -31,10 +32,11 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; bnjax.interop.flax needs the extra bnjax[interop]") from error
 
 from bnjax import batch_norm
-from bnjax.interop import entries
+from bnjax.interop import entries, functions
 from bnjax.types import BatchNormParams, BatchStats, Model, PyTree
 
 COLLECTIONS = ("params", "batch_stats")
+RNG = "random numbers"  # the entry of the state that holds their key; no submodule can have this name
 
 
 def to_flax(params: BatchNormParams, stats: BatchStats) -> dict[str, dict[str, Any]]:
@@ -234,65 +236,72 @@ def _flax_names(model, names):
     return flax_names
 
 
-def model_from_flax(
+def as_model(
     module: nn.Module,
     *,
     scaled: Collection[str] | None = None,
-    arguments: Callable[[bool], Mapping[str, Any]] = lambda train: {"train": train},
+    arguments: Callable[[bool], Mapping[str, Any]] | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Model:
     """A Flax module as a `bnjax.Model`, to be swept and probed like any other.
 
-    Its `layers` shows the output of every submodule by its path, such as `Dense_0` or `Block_1/BatchNorm_0`, where that
-    is one floating-point array; and what the module marks by `self.perturb(name, value)`, as `name` behind the path of
-    the module that does (for activations, which are functions and no submodules). The second call of a
-    submodule is `Dense_0[1]`. Inside of `nn.scan` and `nn.vmap` nothing is shown.
-
     Args:
-      module: called with a batch x [N, ...], gives outputs [N, K]. Its `__call__` takes x and, by keyword, what
-        `arguments` gives it: `train`, by default. It has the collections "params" and, if any,
-        "batch_stats", and needs no random numbers beside those of its initialization: no active dropout.
-      scaled: the submodules, by path, whose kernels `init_scale` multiplies: all arrays of rank 2 and above in
-        them. None: all but the kernel of the module that returns last, the output layer. (That is the module
-        itself where it has a kernel of its own.)
-      arguments: the keyword arguments of the module in training (True) and evaluation (False). For a
-        module that has none, `lambda train: {}`; for one with `deterministic`, `lambda train: {"deterministic":
-        not train}`.
+      module: called with a batch x [N, ...], gives outputs [N, K]. It has the collections "params" and, if any,
+        "batch_stats". If it asks for random numbers in training (dropout), their key is part of its state: drawn
+        from the seed, and split at each step. In evaluation there are none.
+      scaled: the kernels that `init_scale` multiplies, by path, or the submodules that have them. None: all but those
+        of the readouts (`bnjax.tracing`).
+      arguments: the keyword arguments of the module in training (True) and evaluation (False). None: those of `train`,
+        `training`, `is_training`, `deterministic` and `use_running_average` that its `__call__` has.
       config: identifies the network in stored results. None: the class and attributes of the module, and of modules
         among these. Functions count by name, so those that are defined in place need a `config`.
 
     Returns:
       `Model`. Its `init` raises a ValueError for a name in `scaled` without kernels, and for other collections; all
-      its functions do for a module that takes other arguments or asks for random numbers.
+      its functions do for a module that takes other arguments, or asks for random numbers in evaluation.
     """
+    given = arguments or functions.arguments(type(module).__call__)
 
     def call(function, *args, train, **options):
-        given = arguments(train)
         try:
-            return function(*args, **given, **options)
+            return function(*args, **given(train), **options)
         except InvalidRngError as error:
             raise ValueError(
-                f"{type(module).__name__} asks for random numbers, which a model does not get: leave dropout and the "
-                f"like out, or turn them off by arguments=lambda train: {{...}} ({error})"
+                f"{type(module).__name__} asks for random numbers in evaluation, too; turn dropout and the like off by "
+                f"arguments=lambda train: {{...}} ({error})"
             ) from error
         except TypeError as error:
             if not re.search(r"__call__\(\) (got an unexpected keyword argument|missing)", str(error)):
                 raise
             raise ValueError(
-                f"{type(module).__name__} was called with x and {given or 'nothing else'}: {error}. `arguments` says "
-                "what a module takes beside x: arguments=lambda train: {} if nothing"
+                f"{type(module).__name__} was called with x and {given(train) or 'nothing else'}: {error}. `arguments` "
+                "says what a module takes beside x: arguments=lambda train: {} if nothing"
             ) from error
 
-    def init(key, input_shape, init_scale=1.0):
-        returned = []
+    def variables_of(key, input_shape):
+        errors = []
+        for dtype in (jnp.float32, jnp.int32):  # tokens
+            x = jnp.zeros((1, *input_shape), dtype)
+            try:
+                return dict(call(module.init, key, x, train=False)), x
+            except (TypeError, ValueError) as error:
+                errors.append(error)
+        raise errors[0]
 
-        def record(next_function, args, kwargs, context):
-            y = next_function(*args, **kwargs)
-            returned.append("/".join(context.module.path))
-            return y
+    @functools.cache
+    def random(input_shape):
+        """Whether it asks for random numbers in training."""
+        variables, x = jax.eval_shape(lambda: variables_of(jax.random.key(0), input_shape))
+        try:
+            jax.eval_shape(
+                lambda v, x: module.apply(v, x, **given(True), mutable=["batch_stats"]), variables, x
+            )
+        except InvalidRngError:
+            return True
+        return False
 
-        with nn.intercept_methods(record):
-            variables = dict(call(module.init, key, jnp.zeros((1, *input_shape)), train=False))
+    def init(key, input_shape):
+        variables, _ = variables_of(key, input_shape)
         variables.pop("perturbations", None)
         variables.pop("intermediates", None)
         unknown = set(variables) - set(COLLECTIONS)
@@ -300,81 +309,27 @@ def model_from_flax(
             raise ValueError(
                 f"collections must be {' and '.join(COLLECTIONS)}, the module has {sorted(unknown)} too"
             )
-        params = flatten_dict(variables.get("params", {}), sep="/")
-        kernels = [name for name, value in params.items() if jnp.ndim(value) >= 2]
-
-        def inside(kernel, submodule):
-            return kernel.startswith(f"{submodule}/")
-
-        if scaled is None:
-            own = [path for path in returned if any(k.rpartition("/")[0] == path for k in kernels)]
-            chosen = [k for k in kernels if k.rpartition("/")[0] != own[-1]] if own else []
-        else:
-            useless = [name for name in scaled if not any(inside(k, name) for k in kernels)]
-            if useless:
-                raise ValueError(
-                    f"scaled has {useless}, in which there are no kernels; kernels are {', '.join(kernels)}"
-                )
-            chosen = [k for k in kernels if any(inside(k, name) for name in scaled)]
-        for name in chosen:
-            params[name] = params[name] * jnp.asarray(init_scale, params[name].dtype)
-        return unflatten_dict(params, sep="/"), variables.get("batch_stats", {})
-
-    def forward(params, batch_stats, x, train, further=()):
-        mutable = [*(["batch_stats"] if train else []), *further]
-        variables = {"params": params, "batch_stats": batch_stats}
-        return call(module.apply, variables, x, train=train, mutable=mutable)
+        params, state = variables.get("params", {}), variables.get("batch_stats", {})
+        if random(tuple(input_shape)):
+            state = {**state, RNG: jax.random.key_data(jax.random.fold_in(key, 1))}
+        return params, state
 
     def apply(params, batch_stats, x, *, train):
-        outputs, new = forward(params, batch_stats, x, train)
-        return outputs, new.get("batch_stats", batch_stats)
-
-    def layers(params, batch_stats, x, offsets, *, train):
-        order = []
-
-        def show(module, key, name, value):
-            if not isinstance(value, jax.Array) or not jnp.issubdtype(value.dtype, jnp.floating):
-                return value
-            if not module.is_mutable_collection(_SHOWN):  # lifted, without its collections
-                return value
-            calls = len(module.get_variable(_SHOWN, key, ()))
-            name = f"{name}[{calls}]" if calls else name
-            value = value + offsets[name] if name in offsets else value
-            order.append(name)
-            module.sow(_SHOWN, key, value)  # not by way of a closure, so that it leaves nn.remat, too
-            return value
-
-        def intercept(next_function, args, kwargs, context):
-            module, path = context.module, "/".join(context.module.path)
-
-            def perturb(name, value, collection="perturbations"):
-                return show(module, name, "/".join((*module.path, name)), value)
-
-            object.__setattr__(module, "perturb", perturb)  # of this call's own copy of the module
-            y = next_function(*args, **kwargs)
-            if context.method_name == "__call__" and path:
-                y = show(module, "__call__", path, y)
-            return y
-
-        with nn.intercept_methods(intercept):
-            outputs, new = forward(params, batch_stats, x, train, [_SHOWN])
-        shown = {}
-        for path, values in flatten_dict(new.get(_SHOWN, {})).items():
-            name = "/".join(path[:-1] if path[-1] == "__call__" else path)
-            shown |= {f"{name}[{i}]" if i else name: value for i, value in enumerate(values)}
-        unknown = set(offsets) - set(shown)
-        if unknown:
-            raise ValueError(f"unknown offsets {sorted(unknown)}; allowed: {', '.join(shown)}")
-        order = dict.fromkeys(name for name in order if name in shown)
-        return outputs, {name: shown[name] for name in (*order, *(n for n in shown if n not in order))}
+        variables = {"params": params, "batch_stats": {n: v for n, v in batch_stats.items() if n != RNG}}
+        if not train:
+            return call(module.apply, variables, x, train=False), batch_stats
+        options, kept = {}, {}
+        if RNG in batch_stats:
+            after, now = jax.random.split(jax.random.wrap_key_data(batch_stats[RNG]))
+            # Streams without a key of their own take that of "params".
+            options, kept = {"rngs": {"params": now}}, {RNG: jax.random.key_data(after)}
+        outputs, new = call(module.apply, variables, x, train=True, mutable=["batch_stats"], **options)
+        return outputs, {**new.get("batch_stats", variables["batch_stats"]), **kept}
 
     if config is None:
         config = {"model": "flax", "module": _description(module)}
         config["scaled"] = None if scaled is None else sorted(scaled)
-    return Model(init, apply, layers, config)
-
-
-_SHOWN = "bnjax_shown"
+    return functions.as_model(init, apply, scaled=scaled, config=config)
 
 
 def _description(value):

@@ -1,11 +1,17 @@
-"""`flax.nnx.BatchNorm`, computed by `bnjax.batch_norm.apply`."""
+"""NNX networks as models, and `flax.nnx.BatchNorm` computed by `bnjax.batch_norm.apply`."""
 
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
+from bnjax.interop import functions
 from bnjax.interop.flax import apply, check_options, feature_axes
-from bnjax.types import BatchNormParams
+from bnjax.types import BatchNormParams, Model
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -55,3 +61,81 @@ class BatchNorm(nnx.BatchNorm):
         if not use_running_average:
             self.mean[...], self.var[...] = stats.mean, stats.var
         return y
+
+
+def as_model(
+    network: nnx.Module | Callable[[nnx.Rngs], nnx.Module],
+    *,
+    scaled: Collection[str] | None = None,
+    arguments: Callable[[bool], Mapping[str, Any]] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Model:
+    """An NNX network as a `bnjax.Model`, to be swept and probed like any other.
+
+    Args:
+      network: a function that draws one, such as `lambda rngs: Net(rngs=rngs)`; or a network, which stands for its own
+        single draw, as it is now. Called with a batch x [N, ...], it gives outputs [N, K]. Its `nnx.Param`s are the
+        parameters; all else (batch statistics, the keys of dropout) is carried along.
+      scaled: as in `bnjax.interop.flax.as_model`.
+      arguments: the keyword arguments of its `__call__`, likewise; it is switched by `train()` and `eval()` anyway.
+      config: identifies the network in stored results. None: its class.
+
+    Returns:
+      `Model`. Its `init` raises a ValueError for what `bnjax.interop.functions.as_model` says.
+    """
+    single = isinstance(network, nnx.Module)
+
+    def split(net):
+        graph, *states = nnx.split(net, nnx.Param, ...)
+        return graph, *(jax.tree.map(_stored, nnx.to_pure_dict(state)) for state in states)
+
+    drawn = split(network) if single else None
+
+    @functools.cache
+    def form():
+        """The network without its arrays."""
+        return network if single else nnx.eval_shape(lambda: network(nnx.Rngs(0)))
+
+    def init(key, input_shape):
+        return drawn[1:] if single else split(network(nnx.Rngs(key)))[1:]
+
+    def run(params, batch_stats, x, *, train):
+        graph, *states = nnx.split(form(), nnx.Param, ...)
+        for state, values in zip(states, (params, batch_stats), strict=True):
+            values = jax.tree.map(_used, nnx.to_pure_dict(state), values)
+            nnx.replace_by_pure_dict(state, values)
+        net = nnx.merge(graph, *states, copy=True)
+        (net.train if train else net.eval)()
+        outputs = net(x, **(arguments or functions.arguments(type(net).__call__))(train))
+        return outputs, split(net)[2] if train else batch_stats
+
+    if config is None:
+        config = {"model": "nnx", "class": type(form()).__qualname__}
+        config["scaled"] = None if scaled is None else sorted(scaled)
+    return functions.as_model(init, run, scaled=scaled, config=config)
+
+
+def drawn_anew(network: nnx.Module) -> Callable[[nnx.Rngs], nnx.Module] | None:
+    """The function that draws networks like this one, if its class needs nothing but `rngs` for it; else None."""
+
+    def draw(rngs):
+        return type(network)(rngs=rngs)
+
+    try:
+        same = nnx.graphdef(nnx.eval_shape(lambda: draw(nnx.Rngs(0)))) == nnx.graphdef(network)
+    except (TypeError, ValueError):
+        return None
+    return draw if same else None
+
+
+def _stored(value):
+    """Keys of random numbers as plain arrays."""
+    return jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
+
+
+def _used(like, value):
+    """The inverse."""
+    if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return value
+    impl = None if isinstance(like, jax.ShapeDtypeStruct) else jax.random.key_impl(like)
+    return jax.random.wrap_key_data(value, impl=impl)

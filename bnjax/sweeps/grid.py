@@ -6,19 +6,7 @@ from typing import Any
 import numpy as np
 
 from bnjax import choices
-from bnjax.types import RANGES, Hyperparams
-
-
-def _check_value(name, value):
-    """Raises ValueError unless it is allowed for that hyperparameter."""
-    allowed, number = RANGES[name], np.asarray(value)
-    whole = allowed.dtype.kind == "u"
-    if number.ndim == 0 and number.dtype.kind in ("iu" if whole else "iuf"):
-        with np.errstate(over="ignore", under="ignore"):
-            used = number.astype(np.float64 if whole else allowed.dtype)  # what the program sees
-        if (used > allowed.low or (allowed.closed and used == allowed.low)) and used < allowed.bound:
-            return
-    raise ValueError(f"{name} must be {allowed.words}, got {value!r}")
+from bnjax.types import RANGES, Hyperparams, check_value
 
 
 def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
@@ -29,7 +17,7 @@ def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
         compiled program), or a value out of range.
     """
     for name, value in hyper._asdict().items():
-        _check_value(name, value)
+        check_value(name, value)
     result = {}
     for name, values in axes.items():
         choices.check("axis", name, Hyperparams._fields)
@@ -39,7 +27,7 @@ def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
         if not values:
             raise ValueError(f"axis {name} is empty")
         for value in values:
-            _check_value(name, value)
+            check_value(name, value)
         used, counts = np.unique(np.asarray(values).astype(RANGES[name].dtype), return_counts=True)
         if (counts > 1).any():
             raise ValueError(

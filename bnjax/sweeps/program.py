@@ -129,12 +129,11 @@ def trainers(
     """One for each network, on the same devices, which share the data. Nothing is compiled yet.
 
     Raises:
-      ValueError: if the data does not fit the networks, or a width or segment that is given is below 1.
+      ValueError: if the data does not fit the networks, or there are no devices.
     """
-    devices = tuple(devices or jax.local_devices())
-    for argument, value in {"width": width, "segment": segment}.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{argument} must be at least 1, got {value}")
+    devices = tuple(jax.local_devices() if devices is None else devices)
+    if not devices:
+        raise ValueError("devices must be at least one (None: all local ones), got an empty list")
     for one in models.values():
         check(one, ds, config)
     ds = jax.device_put(ds, NamedSharding(Mesh(np.asarray(devices), ("cells",)), PartitionSpec()))

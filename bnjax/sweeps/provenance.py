@@ -30,8 +30,11 @@ def describe(
     device: jax.Device,
     data: str,
     about: Mapping[str, Any],
+    **further: Any,
 ) -> dict[str, Any]:
     """What a sweep computes, on data of that `fingerprint`, and with what; `about`: further attributes, as of `sweep`.
+
+    What is `further` is kept likewise.
 
     Raises:
       ValueError: if `about` has a name that is taken, or it or a network's config has what JSON does not hold.
@@ -42,6 +45,7 @@ def describe(
         "hyper": {name: np.asarray(v).item() for name, v in hyper._asdict().items() if name not in axes},
         "versions": versions(),
         "device": _kind(device),
+        **further,
     }
     if taken := {*found, "plan", "identity", "changes"} & {*about}:
         raise ValueError(f"about must not have {sorted(taken)}, which results have anyway")

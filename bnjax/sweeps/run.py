@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import numbers
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -22,12 +23,13 @@ from jax._src import distributed  # for its key-value store, as other libraries 
 
 from bnjax import choices, compilation, probes
 from bnjax import export as plain
+from bnjax.networks import as_model, describe, drawn_anew, is_network
 from bnjax.sweeps import grid, program, provenance, store
 from bnjax.sweeps.files import HOST, Memory, PathLike, files_at
 from bnjax.sweeps.layout import Layout, Variable, parsed
 from bnjax.sweeps.progress import Progress
 from bnjax.training import TrainConfig
-from bnjax.types import Dataset, Hyperparams, Model, Probe
+from bnjax.types import Dataset, Hyperparams, Probe
 
 Value = TypeVar("Value")
 
@@ -49,7 +51,7 @@ _calls = itertools.count()  # of `_together`: the same in all processes of a job
 
 
 def sweep(
-    model: Model | Mapping[str, Model],
+    model: Any,
     ds: Dataset,
     config: TrainConfig,
     axes: Mapping[str, Iterable],
@@ -79,7 +81,9 @@ def sweep(
     are reported and retrained.
 
     Args:
-      model: a network, or {name: network}; the latter adds the labelled dimension "model".
+      model: a network, or {name: network}; the latter adds the labelled dimension "model". A network is whatever
+        `bnjax.as_model` takes. One that stands for its own single draw is drawn anew for each seed if its class needs
+        no more than the seed.
       ds: the data, standardized as the networks shall see it.
       config: what is the same for all cells.
       axes: {field of `Hyperparams`: values}, in the order of the result's dimensions.
@@ -94,7 +98,7 @@ def sweep(
         "versions" (of packages and of bnjax's code), "device" and "plan". The change is recorded with the results.
       export: also write the finished grid at `path` as plain Zarr, which `xarray.open_zarr` reads.
       checkpoint_minutes: most minutes of work that are lost when the process dies, but for what one call of the
-        compiled program takes.
+        compiled program takes; at least 0, and may be infinite.
       about: further attributes to keep with the results, such as the command that made them; what is under "data"
         there joins the data's fingerprint.
       plan: no longer taken; use `width`.
@@ -111,16 +115,23 @@ def sweep(
       Its attributes hold the configuration and the versions of what made it.
 
     Raises:
-      ValueError: for axes, hyperparameters, data, probes or a width that are not allowed, or if what stands at
-        `path` was made by another sweep (it says in what they differ), before any cell is trained; or without a
-        `path` for several processes.
+      ValueError: for axes, hyperparameters, data, names of models, probes (their layers and quantities), devices,
+        numbers or changes that are not allowed, or if what stands at `path` was made by another sweep (it says in
+        what they differ), before any cell is trained; or without a `path` for several processes.
       Damaged: (a ValueError) if what stands there is damaged beyond repair.
       Busy: if another run on this host is writing there.
       OSError: if the results cannot be written, or were removed. What was stored stays.
       MemoryError: if the program does not fit into the devices' memory at the width that was asked for, at that of the
         results that are continued, or at any.
     """
-    models = dict(model) if isinstance(model, Mapping) else {"": model}
+    for argument, value in {"width": width, "segment": segment}.items():
+        if value is not None:
+            choices.check_count(argument, value)
+    width, segment = (value and int(value) for value in (width, segment))  # JSON holds no integers of numpy
+    number = isinstance(checkpoint_minutes, numbers.Real) and not isinstance(checkpoint_minutes, bool)
+    if not (number and checkpoint_minutes >= 0):
+        raise ValueError(f"checkpoint_minutes must be a number of at least 0, got {checkpoint_minutes!r}")
+    models = _models(model, "seed" in axes)
     if not models:
         raise ValueError("model is an empty mapping")
     if plan is not None:
@@ -135,8 +146,11 @@ def sweep(
     probe_of = _probes(probe, models)
     trainers = program.trainers(models, ds, config, probe_of, width=width, segment=segment, devices=devices)
     variables, further = _variables(probe_of, models, ds, config, coords)
+    kernels = _kernels(models, ds, coords, hyper)
     device, fingerprint = next(iter(trainers.values())).devices[0], provenance.fingerprint(ds)
-    attributes = provenance.describe(models, config, coords, hyper, device, fingerprint, about or {})
+    attributes = provenance.describe(
+        models, config, coords, hyper, device, fingerprint, about or {}, kernels=kernels
+    )
     bases = {name: str(i) for i, name in enumerate(models)}
     if path is not None:
         compilation.use_cache()
@@ -290,6 +304,34 @@ def _train(results, name, trainer, groups, seconds, tick) -> None:
     commit()
 
 
+def _models(model, redraw):
+    """{name: network as a model}, "" for one without a name; a single draw of its own is drawn anew if `redraw`."""
+    several = isinstance(model, Mapping) and not is_network(model)
+    given = dict(model) if several else {"": model}
+    for name in given if several else ():
+        choices.check_name("a model's name", name)
+    return {name: as_model(drawn_anew(one) if redraw else one) for name, one in given.items()}
+
+
+def _kernels(models, ds, coords, hyper):
+    """{network: what of it is scaled, decayed and not seen}, after checking that seeds and scales change something."""
+    found = {name: describe(one, ds.train_x.shape[1:]) for name, one in models.items()}
+    for name, one in found.items():
+        network = f"the network {name!r}" if name else "the network"
+        if len(coords.get("seed", ())) > 1 and not one.names("drawn"):
+            raise ValueError(
+                f"seed is swept, but {network} does not draw from it: give a function that draws the network, "
+                "bnjax.interop.nnx.as_model(lambda rngs: Net(..., rngs=rngs)) or "
+                "bnjax.interop.equinox.as_model(lambda key: Net(..., key=key))"
+            )
+        if ("init_scale" in coords or hyper.init_scale != 1) and not one.names("scaled"):
+            raise ValueError(f"init_scale has nothing to multiply in {network}:\n{one}")
+    return {
+        name: {"scaled": one.names("scaled"), "decayed": one.names("decayed"), "not_seen": one.not_seen}
+        for name, one in found.items()
+    }
+
+
 def _probes(probe, models):
     """{model: its probe or None}."""
     found = dict(probe) if isinstance(probe, Mapping) else dict.fromkeys(models, probe)
@@ -298,14 +340,21 @@ def _probes(probe, models):
             f"each of the models {list(models)}" if list(models) != [""] else "the one model, and no mapping"
         )
         raise ValueError(f"probe must be one for {names}, got {list(found)}")
-    # A list of layers is no key of the kept programs.
-    return {name: one and one._replace(layers=tuple(one.layers)) for name, one in found.items()}
+    return {name: one and one._replace(layers=_layers(one.layers)) for name, one in found.items()}
+
+
+def _layers(names):
+    """As a tuple, since a list is no key of the kept programs."""
+    found = tuple(names) if isinstance(names, Iterable) and not isinstance(names, str) else (None,)
+    if not all(isinstance(name, str) for name in found) or len({*found}) < len(found):
+        raise ValueError(f"a probe's layers must be a list of different strings, got {names!r}")
+    return found
 
 
 def _variables(probe_of, models, ds, config, coords):
     """(the results' variables, the coordinates beside the model and the axes), checked."""
     variables, further = dict(VARIABLES), {"step": config.eval_steps}
-    taken = {*variables, *coords, "model", "step", "probe_step", "layer", "done"}
+    taken = {*variables, *coords, "model", "step", "probe_step", "layer", "done", "bnjax", "zarr.json"}
     measured = [one and (one.layers, _measured(one, models[name], ds)) for name, one in probe_of.items()]
     if any(other != measured[0] for other in measured):
         raise ValueError(
@@ -325,4 +374,12 @@ def _variables(probe_of, models, ds, config, coords):
 
 def _measured(probe, model, ds):
     """{quantity: (shape, type)}."""
-    return {q: (v.shape, v.dtype.name) for q, v in probes.shapes(probe, model, ds).items()}
+
+    def measure(snapshot):
+        found = probe.measure(snapshot)
+        for quantity in found:  # here, since JAX sorts them
+            choices.check_name("a probe's quantity", quantity)
+        return found
+
+    found = probes.shapes(probe._replace(measure=measure), model, ds)
+    return {q: (v.shape, v.dtype.name) for q, v in found.items()}

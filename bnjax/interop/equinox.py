@@ -1,0 +1,101 @@
+"""Equinox networks as models."""
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+try:
+    import equinox as eqx
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; bnjax.interop.equinox needs the extra bnjax[equinox]") from error
+
+from bnjax.interop import functions
+from bnjax.types import Model, PyTree
+
+
+def as_model(
+    network: PyTree,
+    *,
+    scaled: Collection[str] | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Model:
+    """An Equinox network as a `bnjax.Model`, to be swept and probed like any other.
+
+    Args:
+      network: a function that draws one, such as `lambda key: Net(key=key)`; or a network, which stands for its own
+        single draw. As is usual for Equinox it is called with one example and gives outputs [K]. With state
+        (`eqx.nn.make_with_state`) it is a pair (network, state), called with the state too; the axis of the batch is
+        called "batch" (`eqx.nn.BatchNorm(axis_name="batch")`). Where its `__call__` has a `key`, each example gets one
+        in training. Its floating-point arrays are the parameters.
+      scaled: as in `bnjax.interop.flax.as_model`.
+      config: identifies the network in stored results. None: its class.
+
+    Returns:
+      `Model`. Its `init` raises a ValueError for what `bnjax.interop.functions.as_model` says.
+    """
+    single = is_network(network)
+
+    def drawn(key):
+        found = network if single else network(key)
+        net, state = found if isinstance(found, tuple) else (found, None)
+        params, static = eqx.partition(net, eqx.is_inexact_array)
+        return params, static, state
+
+    static, stateful = eqx.filter_eval_shape(lambda: drawn(jax.random.key(0))[1:])
+    stateful = stateful is not None
+    takes_key = "key" in inspect.signature(type(static).__call__).parameters
+
+    def init(key, input_shape):
+        params, _, state = drawn(key)
+        random = {"key": jax.random.key_data(jax.random.fold_in(key, 1))} if takes_key else {}
+        return params, {"state": state, **random}
+
+    def apply(params, batch_stats, x, *, train):
+        net = eqx.nn.inference_mode(eqx.combine(params, static), value=not train)
+        # Equinox compares an entry's type before and after, the mesh of devices included: all be of this trace.
+        state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype) + a, batch_stats["state"])
+        kept, keys = {}, None
+        if takes_key and train:
+            after, now = jax.random.split(jax.random.wrap_key_data(batch_stats["key"]))
+            kept, keys = {"key": jax.random.key_data(after)}, jax.random.split(now, len(x))
+
+        def one(x, key):
+            options = {} if key is None else {"key": key}
+            return net(x, state, **options) if stateful else (net(x, **options), state)
+
+        outputs, state = jax.vmap(one, axis_name="batch", out_axes=(0, None))(x, keys)
+        return outputs, {**batch_stats, "state": state, **kept} if train else batch_stats
+
+    if config is None:
+        config = {"model": "equinox", "class": type(static).__qualname__}
+        config["scaled"] = None if scaled is None else sorted(scaled)
+    return functions.as_model(init, apply, scaled=scaled, config=config)
+
+
+def is_network(value: Any) -> bool:
+    """Whether it is an Equinox network, or one with its state."""
+    if isinstance(value, tuple) and len(value) == 2:
+        return isinstance(value[0], eqx.Module) and isinstance(value[1], eqx.nn.State)
+    return isinstance(value, eqx.Module)
+
+
+def drawn_anew(network: PyTree) -> Callable[[jax.Array], PyTree] | None:
+    """The function that draws networks like this one, if its class needs nothing but a `key` for it; else None."""
+    stateful = isinstance(network, tuple)
+    cls = type(network[0] if stateful else network)
+
+    def draw(key):
+        return (eqx.nn.make_with_state(cls) if stateful else cls)(key=key)
+
+    def form(draw):
+        arrays, static = eqx.partition(eqx.filter_eval_shape(draw), lambda leaf: hasattr(leaf, "shape"))
+        return jax.tree.map(lambda a: (a.shape, a.dtype), arrays), static
+
+    try:
+        same = eqx.tree_equal(form(lambda: draw(jax.random.key(0))), form(lambda: network))
+    except (TypeError, ValueError):
+        return None
+    return draw if bool(same) else None
