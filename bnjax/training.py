@@ -51,6 +51,21 @@ OPTIMIZERS = MappingProxyType(
 )
 
 
+def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean cross-entropy of outputs [N, K] as logits for labels [N], in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(outputs, targets).mean()
+
+
+def squared(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean of (output - target)^2 over all entries of [N, K]; labels [N] are targets of 0 and 1."""
+    if jnp.issubdtype(targets.dtype, jnp.integer):
+        targets = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
+    return jnp.mean((outputs - targets) ** 2)
+
+
+LOSSES = MappingProxyType({"cross_entropy": cross_entropy, "squared": squared})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What is the same for every run of a grid, and fixes the compiled program.
@@ -59,28 +74,39 @@ class TrainConfig:
       steps: number of optimizer steps.
       batch_size: examples per step, at most the number of training examples.
       optimizer: "sgd" (with momentum), "adam", "adamw" or "rmsprop", from optax. Weight decay is added
-        to the gradient, but for adamw, which decouples it. It applies to kernels (`bnjax.tracing`).
+        to the gradient, but for adamw, which decouples it. It applies to kernels (`bnjax.tracing`). Or a function of
+        the cell's `Hyperparams` that returns an optax transformation: with a schedule, clipping, or decay of its own.
+      loss: "cross_entropy" (of labels), "squared" (of labels, or targets [N, K] of floats), or a function of outputs
+        [N, K] and targets that returns a scalar, the mean over the batch.
       eval_every: steps between evaluations; None: only after the last step. There is always one there.
       data_seed: draws the order of the data, shared by all runs.
 
     Raises:
-      ValueError: when made with an unknown optimizer or a number that is not in [1, 2^31).
+      ValueError: when made with an unknown optimizer or loss, or a number that is not in [1, 2^31).
     """
 
     steps: int = 300
     batch_size: int = 128
-    optimizer: str = "sgd"
+    optimizer: str | Callable[[Hyperparams], optax.GradientTransformation] = "sgd"
     eval_every: int | None = None
     data_seed: int = 0
+    loss: str | Callable[[jax.Array, jax.Array], jax.Array] = "cross_entropy"
 
     def __post_init__(self):
-        choices.check("optimizer", self.optimizer, OPTIMIZERS)
+        for name, known in {"optimizer": OPTIMIZERS, "loss": LOSSES}.items():
+            if not callable(value := getattr(self, name)):
+                choices.check(name, value, known)
         for name in ("steps", "batch_size", "eval_every"):
             value = getattr(self, name)
             if value is not None or name != "eval_every":
                 choices.check_count(name, value)
         if not choices.is_integer(self.data_seed) or not 0 <= self.data_seed < 2**31:
             raise ValueError(f"data_seed must be an integer in [0, 2^31), got {self.data_seed!r}")
+
+    @property
+    def loss_function(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """Of outputs [N, K] and targets."""
+        return self.loss if callable(self.loss) else LOSSES[self.loss]
 
     @property
     def eval_steps(self) -> tuple[int, ...]:
@@ -151,6 +177,8 @@ def make_run(
     every = config.eval_every or config.steps
 
     def optimizer_of(hyper, params, batch_stats, ds):
+        if callable(config.optimizer):
+            return config.optimizer(hyper)
         x = jax.ShapeDtypeStruct((2, *ds.train_x.shape[1:]), ds.train_x.dtype)
         kernels = tracing.read(model.apply, params, batch_stats, x).kernels
         decayed = jax.tree_util.tree_map_with_path(lambda path, _: tracing.name_of(path) in kernels, params)
@@ -173,7 +201,8 @@ def make_run(
         drawn = model.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
         opt_state = optimizer_of(hyper, *drawn, ds).init(drawn[0])
         num_classes = jax.eval_shape(_outputs(model, drawn), ds.test_x[:1]).shape[-1]
-        guessing = [jnp.full(num_evaluations, value, jnp.float32) for value in (jnp.inf, 1 / num_classes)]
+        guess = 1 / num_classes if jnp.issubdtype(ds.train_y.dtype, jnp.integer) else jnp.nan
+        guessing = [jnp.full(num_evaluations, value, jnp.float32) for value in (jnp.inf, guess)]
         initial = None if probe is None else drawn
         state = RunState(
             jnp.int32(0), *drawn, opt_state, jnp.int32(-1), _no_steps(), (*guessing, *guessing), {}, initial
@@ -206,8 +235,8 @@ def make_run(
             return jnp.asarray(ds.train_x)[chosen], jnp.asarray(ds.train_y)[chosen]
 
         def loss_fn(params, batch_stats, x, y):
-            logits, batch_stats = model.apply(params, batch_stats, x, train=True)
-            loss, accuracy = _loss_and_accuracy(logits, y)
+            outputs, batch_stats = model.apply(params, batch_stats, x, train=True)
+            loss, accuracy = _loss_and_accuracy(config, outputs, y)
             return loss, (accuracy, batch_stats)
 
         def take_step(state, order, step):
@@ -228,7 +257,7 @@ def make_run(
             """The state with evaluation `number` after that step in its curves, if it is due."""
 
             def evaluate():
-                return _evaluate(model, state.params, state.batch_stats, ds), probed(state, hyper, ds)
+                return _evaluate(model, config, state.params, state.batch_stats, ds), probed(state, hyper, ds)
 
             test, measured = _row_if(due, evaluate, (state.curves[2:], state.measured))
             now = _diverged_step(state.diverged_step, test[0], step)
@@ -277,10 +306,12 @@ def _put(rows, number, values, where):
     return jax.tree.map(lambda a, v: a.at[number].set(jnp.where(where, v, a[number])), rows, values)
 
 
-def _loss_and_accuracy(logits, labels):
-    """Mean cross-entropy and the fraction of labels that have the largest logit."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-    return loss.astype(jnp.float32), (logits.argmax(-1) == labels).mean(dtype=jnp.float32)
+def _loss_and_accuracy(config, outputs, targets):
+    """The loss, and the fraction of labels that have the largest output; NaN for targets of floats."""
+    loss = config.loss_function(outputs, targets).astype(jnp.float32)
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        return loss, jnp.float32(jnp.nan)
+    return loss, (outputs.argmax(-1) == targets).mean(dtype=jnp.float32)
 
 
 def _no_steps():
@@ -309,13 +340,13 @@ def _outputs(model, variables):
     return lambda x: model.apply(*variables, x, train=False)[0]
 
 
-def _evaluate(model, params, batch_stats, ds):
+def _evaluate(model, config, params, batch_stats, ds):
     """Loss and accuracy over the test split, in evaluation mode, a batch at a time."""
     x, y = jnp.asarray(ds.test_x), jnp.asarray(ds.test_y)
     outputs = _outputs(model, (params, batch_stats))
 
     def sums(x, y):
-        return jnp.stack(_loss_and_accuracy(outputs(x), y)) * len(x)
+        return jnp.stack(_loss_and_accuracy(config, outputs(x), y)) * len(x)
 
     size = min(TEST_BATCH, len(x))
     whole = len(x) // size * size
@@ -327,29 +358,53 @@ def _evaluate(model, params, batch_stats, ds):
 
 
 def check(model: Model, ds: Dataset, config: TrainConfig) -> None:
-    """Raises ValueError if the data does not fit itself, the batch size or the network's outputs."""
+    """Raises ValueError if the data does not fit itself, the batch size, the network or the loss; nothing is computed.
+
+    Or if the configuration's functions do not return a scalar loss or an optimizer.
+    """
     _check_shapes(ds, config)
     train, test = ds.train_x.shape[1:], ds.test_x.shape[1:]
     if train != test:
         raise ValueError(f"training examples {train} and test examples {test} differ in shape")
 
-    def outputs(x):
+    def outputs_of(x):
         return _outputs(model, model.init(jax.random.key(0), train, 1.0))(x)
 
-    form = jax.eval_shape(outputs, jax.ShapeDtypeStruct((2, *train), ds.train_x.dtype))
-    shape = getattr(form, "shape", None)
-    if shape is None or len(shape) != 2 or shape[0] != 2 or not jnp.issubdtype(form.dtype, jnp.floating):
-        raise ValueError(f"a network's outputs must be one array [N, K] of floats; for N = 2 it gives {form}")
-    num_outputs = shape[-1]
+    outputs = jax.eval_shape(outputs_of, jax.ShapeDtypeStruct((2, *train), ds.train_x.dtype))
+    shape = getattr(outputs, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != 2 or not jnp.issubdtype(outputs.dtype, jnp.floating):
+        raise ValueError(
+            f"a network's outputs must be one array [N, K] of floats; for N = 2 it gives {outputs}"
+        )
     for split, x, y in (("train", ds.train_x, ds.train_y), ("test", ds.test_x, ds.test_y)):
         if not (jnp.issubdtype(x.dtype, jnp.floating) or x.dtype in (np.int32, np.int64)):
             raise ValueError(f"{split}_x must be floating point (or int32, of tokens), got {x.dtype}")
-        if not jnp.issubdtype(y.dtype, jnp.integer):
-            raise ValueError(f"{split} labels must be integers, got {y.dtype}")
-        if y.min() < 0 or y.max() >= num_outputs:
+        _check_targets(split, y, shape[1], config)
+    targets = jax.ShapeDtypeStruct((2, *ds.train_y.shape[1:]), ds.train_y.dtype)
+    loss = jax.eval_shape(config.loss_function, outputs, targets)
+    if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise ValueError(f"loss must return a scalar, the mean over the batch; got {loss}")
+    if callable(config.optimizer):
+        found = config.optimizer(Hyperparams())
+        if not isinstance(found, optax.GradientTransformation):
+            raise ValueError(f"optimizer must return an optax transformation, got {type(found).__name__}")
+
+
+def _check_targets(split, y, num_outputs, config):
+    if jnp.issubdtype(y.dtype, jnp.floating) and config.loss != "cross_entropy":
+        if y.shape[1:] != (num_outputs,):
             raise ValueError(
-                f"{split} labels must be in [0, {num_outputs}), the network's outputs; got {y.min()} to {y.max()}"
+                f"{split} targets must be [N, {num_outputs}], as the outputs; got {list(y.shape)}"
             )
+        return
+    if not jnp.issubdtype(y.dtype, jnp.integer):
+        raise ValueError(f"{split} labels must be integers, got {y.dtype}")
+    if y.ndim != 1:
+        raise ValueError(f"{split} labels must be [N], got {list(y.shape)}")
+    if y.min() < 0 or y.max() >= num_outputs:
+        raise ValueError(
+            f"{split} labels must be in [0, {num_outputs}), the network's outputs; got {y.min()} to {y.max()}"
+        )
 
 
 def _check_shapes(ds, config):

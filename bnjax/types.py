@@ -80,12 +80,12 @@ class Model(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A classification data set in memory, as the network sees it."""
+    """A data set in memory, as the network sees it."""
 
-    train_x: Array  # [N, ...] float32
-    train_y: Array  # [N] int32, 0 <= label < K
-    test_x: Array  # [M, ...] float32
-    test_y: Array  # [M] int32
+    train_x: Array  # [N, ...] float32, or int32 for networks that take tokens
+    train_y: Array  # [N] int32, 0 <= label < K; or targets [N, K] float32, for a loss that takes them
+    test_x: Array  # [M, ...]
+    test_y: Array  # [M], or [M, K]
 
 
 class Hyperparams(NamedTuple):
@@ -163,12 +163,13 @@ class Probe(NamedTuple):
 class History(NamedTuple):
     """What one training run leaves behind.
 
-    From the step on at which it diverged, its losses are infinite and its accuracies those of guessing, 1/K.
+    From the step on at which it diverged, its losses are infinite and its accuracies those of guessing, 1/K. Where
+    targets are floats, accuracies are NaN.
     """
 
     train_loss: jax.Array  # [E] mean over the mini-batches since the previous evaluation
     train_accuracy: jax.Array  # [E] likewise, a fraction
-    test_loss: jax.Array  # [E] mean cross-entropy over the test split, running statistics
+    test_loss: jax.Array  # [E] mean over the test split, running statistics
     test_accuracy: jax.Array  # [E] a fraction
     diverged: jax.Array  # [] bool
     diverged_step: jax.Array  # [] int32: the first step whose loss is not finite, else -1

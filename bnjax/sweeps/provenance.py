@@ -41,7 +41,7 @@ def describe(
     """
     found = {
         "models": {name: dict(model.config) for name, model in models.items()},
-        "config": dataclasses.asdict(config),
+        "config": {name: _in_words(value) for name, value in dataclasses.asdict(config).items()},
         "hyper": {name: np.asarray(v).item() for name, v in hyper._asdict().items() if name not in axes},
         "versions": versions(),
         "device": _kind(device),
@@ -74,6 +74,11 @@ def fingerprint(ds: Dataset) -> str:
         digest.update(f"{array.shape}{array.dtype.str}".encode())
         digest.update(array.data)
     return digest.hexdigest()
+
+
+def _in_words(value):
+    """A function's name; what it computes is part of the identity."""
+    return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
 
 
 def _kind(device):

@@ -36,9 +36,9 @@ Value = TypeVar("Value")
 log = logging.getLogger("bnjax")
 
 VARIABLES = {
-    "train_loss": Variable(("step",), "float32", {"long_name": "training loss (cross-entropy, nats)"}),
+    "train_loss": Variable(("step",), "float32", {"long_name": "training loss"}),
     "train_accuracy": Variable(("step",), "float32", {"long_name": "training accuracy (fraction)"}),
-    "test_loss": Variable(("step",), "float32", {"long_name": "test loss (cross-entropy, nats)"}),
+    "test_loss": Variable(("step",), "float32", {"long_name": "test loss"}),
     "test_accuracy": Variable(("step",), "float32", {"long_name": "test accuracy (fraction)"}),
     "diverged": Variable((), "bool", {"long_name": "whether a loss was not finite"}),
     "diverged_step": Variable(
@@ -109,7 +109,8 @@ def sweep(
 
     Returns:
       A labelled data set of dimensions (model,) *axes, and step (the numbers of steps at the evaluations):
-      train_loss, train_accuracy, test_loss, test_accuracy [..., step] and diverged, diverged_step [...].
+      train_loss, train_accuracy, test_loss, test_accuracy [..., step] and diverged, diverged_step [...]. Where
+      targets are floats there are no accuracies.
       What a probe measures has dimension probe_step (0, and the numbers of steps at the evaluations), and layer if
       it is one figure a layer; it is not finite where the run's state makes it so.
       Its attributes hold the configuration and the versions of what made it.
@@ -280,7 +281,8 @@ def _train(results, name, trainer, groups, seconds, tick) -> None:
         last = time.monotonic()
 
     def finish(places, state, key):
-        values = program.outcome(state, len(places))
+        found = program.outcome(state, len(places))
+        values = {variable: found[variable] for variable in results.layout.variables}
         pending.append((places, values, key))
         tick(name, len(places), int(values["diverged"].sum()))
         if len(pending) >= GROUPS or time.monotonic() - last >= seconds:
@@ -354,6 +356,15 @@ def _layers(names):
 def _variables(probe_of, models, ds, config, coords):
     """(the results' variables, the coordinates beside the model and the axes), checked."""
     variables, further = dict(VARIABLES), {"step": config.eval_steps}
+    kind = {"cross_entropy": " (cross-entropy, nats)", "squared": " (squared, mean over outputs)"}.get(
+        config.loss, ""
+    )
+    for name in ("train_loss", "test_loss"):
+        variables[name] = variables[name]._replace(
+            attrs={"long_name": variables[name].attrs["long_name"] + kind}
+        )
+    if not np.issubdtype(ds.train_y.dtype, np.integer):
+        del variables["train_accuracy"], variables["test_accuracy"]
     taken = {*variables, *coords, "model", "step", "probe_step", "layer", "done", "bnjax", "zarr.json"}
     measured = [one and (one.layers, _measured(one, models[name], ds)) for name, one in probe_of.items()]
     if any(other != measured[0] for other in measured):
