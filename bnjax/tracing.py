@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from bnjax import convolution
 from bnjax.types import ApplyFn, LayersFn, PyTree
 
 PRODUCTS = {"dot_general", "conv_general_dilated"}
@@ -473,6 +474,8 @@ def _evaluate(jaxpr, consts, args, tree, offsets) -> tuple[list, dict[str, jax.A
             found, inside = call([value(atom) for atom in eqn.invars], offsets=offsets)
             shown |= inside
         else:
+            if jax.default_backend() == "cpu":
+                eqn = convolution.replaced_equation(eqn)
             variables = dict.fromkeys(atom for atom in eqn.invars if not isinstance(atom, core.Literal))
             one = jaxpr.replace(
                 constvars=[], invars=[*variables], outvars=eqn.outvars, eqns=[eqn], debug_info=unnamed

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bnjax import choices, tracing
+from bnjax import choices, convolution, tracing
 from bnjax.networks import as_model
 from bnjax.types import Array, Dataset, History, Hyperparams, Model, Probe, PyTree, Snapshot, check_value
 
@@ -173,6 +173,8 @@ def make_run(
         before `until`. Both may be traced: one program takes a run in whatever segments, to the same bits. (`first` is
         no part of the state for its loops: a `vmap` would batch what they go by.)
     """
+    if jax.default_backend() == "cpu":
+        model = model._replace(apply=convolution.on_cpu(model.apply))
     num_evaluations = len(config.eval_steps)
     every = config.eval_every or config.steps
 
