@@ -127,9 +127,9 @@ def check_any(case):
         assert_same(draw(lhs), draw(rhs, seed=1), *arguments)
 
 
-test_any_convolution = settings(max_examples=10, deadline=None)(given(convolutions())(check_any))
+test_any_convolution = settings(max_examples=6, deadline=None)(given(convolutions())(check_any))
 test_many_convolutions = pytest.mark.slow(
-    settings(max_examples=300, deadline=None)(given(convolutions())(check_any))
+    settings(max_examples=100, deadline=None)(given(convolutions())(check_any))
 )
 
 

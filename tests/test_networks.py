@@ -121,8 +121,15 @@ def test_what_is_decayed(name):
         np.testing.assert_allclose(difference, 0.05 * value if kernel else 0 * value, atol=1e-6)
 
 
-@some
-@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        ("plain JAX", False),
+        ("Equinox MLP", True),
+        *(pytest.param(n, True, marks=pytest.mark.slow) for n in NETWORKS if n != "Equinox MLP"),
+        pytest.param("linen CNN", False, marks=pytest.mark.slow),
+    ],
+)
 def test_gradients(x64, name, train):
     """The gradient to what adds a bias is, summed, the gradient to the bias: by jax.grad of `apply` itself."""
     expected = NETWORKS[name]
@@ -195,6 +202,7 @@ def sweep(network, axes, ds=None, **options):
     return bnjax.sweep(network, ds or dataset(), config, axes, progress=False, **options)
 
 
+@pytest.mark.slow
 def test_networks_of_each_kind_beside_one_another():
     chosen = ("NNX CNN", "Equinox MLP", "plain JAX")
     models = {"mlp": bnjax.mlp((6,)), **{name: NETWORKS[name].network for name in chosen}}
