@@ -3,14 +3,15 @@
     apply = on_cpu(apply)       # the same function, with products in the place of its convolutions
 
 XLA's CPU backend is fast at convolutions with their dimensions in one order: N, spatial, features. It brings others
-into that order, but not inside of a loop, and the gradients of a convolution are always others: in a loop they take 5
+into that order, but not inside of a loop, and the gradients of a convolution are always others: in a loop they take up
 to 50 times as long as by themselves. Under vmap a convolution becomes a grouped one, which is slow as well. A matrix
 product is slowed by neither. So a convolution is one here: slices of the input, shifted to each position of the kernel
 and put side by side, times the kernel. Its gradients are those of slices and a product. `gains` has figures.
 
-What else was measured: a product for each position, summed, takes 1.2 to 2 times as long for lack of width;
-`lax.conv_general_dilated_patches`, a grouped convolution itself, 2 to 6 times; slices with the features first, 1.3
-times. Gradients by convolutions in XLA's fast order take as long, but under vmap 4 times as long.
+What else was measured: one product for each position, summed, takes up to twice as long;
+`lax.conv_general_dilated_patches`, a grouped convolution itself, up to 6 times; slices with the features first 1.3 to
+1.7 times, but for a single feature. Gradients by convolutions in XLA's fast order take as long, but under vmap 3 to 4
+times as long.
 """
 
 import functools

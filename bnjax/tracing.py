@@ -17,36 +17,18 @@ parameters that are looked up (embeddings), and products in a loop or in a funct
 Kernels are found there, too.
 """
 
-import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from bnjax import convolution
+from bnjax.dataflow import CALLS, Value, Walk, bodies_of
 from bnjax.types import ApplyFn, LayersFn, PyTree
-
-PRODUCTS = {"dot_general", "conv_general_dilated"}
-CALLS = {"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"}  # evaluated as if written out
-RULED = {"custom_jvp_call", "custom_vjp_call"}  # evaluated whole, or their derivative rules would be lost
-LOOPS = {"scan", "while", "cond"}
-VIEWS = set(
-    "reshape transpose squeeze broadcast_in_dim convert_element_type reduce_precision copy copy_p rev slice split "
-    "dynamic_slice gather concatenate pad stop_gradient optimization_barrier sharding_constraint name".split()
-)
-AFFINE = set("add sub add_any neg mul div select_n".split())  # in one operand, the others being constant
-BENT = set(
-    "max min abs sign clamp floor ceil round rem integer_pow pow square sqrt rsqrt cbrt exp exp2 expm1 log log1p "
-    "logistic tanh sin cos tan asin acos atan atan2 sinh cosh asinh acosh atanh erf erfc erf_inv lgamma digamma "
-    "lt le gt ge eq ne and or not xor is_finite nextafter".split()
-)
-REDUCTIONS = PRODUCTS | set(
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin psum pmax pmin".split()
-)
 
 
 class Part(NamedTuple):
@@ -100,8 +82,16 @@ def read(apply: ApplyFn, params: PyTree, batch_stats: PyTree, x: Any, *, train: 
 
     Returns:
       `Reading`.
+
+    Raises:
+      ValueError: if the outputs are not one array.
     """
-    closed = jax.make_jaxpr(functools.partial(apply, train=train))(params, batch_stats, x)
+    run = functools.partial(apply, train=train)
+    closed, (outputs, _) = jax.make_jaxpr(run, return_shape=True)(params, batch_stats, x)
+    if len(jax.tree.leaves(outputs)) != 1:
+        raise ValueError(
+            f"a network's outputs must be one array [N, K] of floats; for N = 2 it gives {outputs}"
+        )
     return _read(closed, params, batch_stats)
 
 
@@ -115,16 +105,17 @@ def read_examples(
     Raises:
       ValueError: if it takes neither.
     """
-    errors = []
+    errors = {}
     for dtype in (jnp.float32, jnp.int32):
         x = jax.ShapeDtypeStruct((2, *input_shape), dtype)
         try:
             return read(apply, params, batch_stats, x), x
         except (TypeError, ValueError) as error:
-            errors.append(error)
-    raise ValueError(
-        f"the network does not take examples of shape {tuple(input_shape)}: {errors[0]}"
-    ) from errors[0]
+            errors[dtype.__name__] = error
+    told = "; ".join(f"{name}: {error}" for name, error in errors.items())
+    raise ValueError(f"the network does not take examples of shape {tuple(input_shape)}: {told}") from errors[
+        "float32"
+    ]
 
 
 def layers(apply: ApplyFn) -> LayersFn:
@@ -152,234 +143,24 @@ def layers(apply: ApplyFn) -> LayersFn:
 def dependent(function: Callable, *args: Any) -> tuple[PyTree, PyTree]:
     """(the forms of the function's outputs, for each the numbers of the arguments that it depends on: a frozenset)."""
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
-    given = [_Value(frozenset({i})) for i, tree in enumerate(args) for _ in jax.tree.leaves(tree)]
-    outs = _Walk().through(closed.jaxpr, closed.consts, given, ())
+    given = [Value(frozenset({i})) for i, tree in enumerate(args) for _ in jax.tree.leaves(tree)]
+    outs = Walk().through(closed.jaxpr, closed.consts, given, ())
     return shape, jax.tree.unflatten(jax.tree.structure(shape), [value.origins for value in outs])
-
-
-@dataclasses.dataclass(eq=False)
-class _Value:
-    """A value of the trace, as far as it must be known."""
-
-    origins: frozenset = frozenset()  # the inputs that it depends on: {"x"}, or none where x is meant
-    carried: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Without x: the parameters that it is a view or map of, with their sizes."""
-    parametric: bool = False  # without x: depends on parameters,
-    state: bool = False  # or on the network's state
-    inverse: bool = False  # it was divided by, or the rsqrt was taken
-    products: frozenset = frozenset()  # the places of those that reach it without another
-    root: "_Value | None" = None  # what it is an elementwise function of; None: itself
-    bend: str = ""  # the last operation from there that is not affine
-    bent: bool = False  # this operation is such
-    learned: bool = False  # this operation adds a bias or multiplies with a scale,
-    transposed: bool = (
-        False  # or transposes; of a product: the kernel is the left operand, so that N comes last
-    )
-    sources: frozenset = frozenset()  # the roots of what it is a statistic of
-    kind: str = ""  # of the part that it is
-    inputs: tuple["_Value", ...] = ()  # those that depend on x,
-    statistics: tuple["_Value", ...] = ()  # and those by which a norm divides
-    where: tuple[int, ...] = ()  # `Part.where`
-    hidden: str = ""  # why it cannot be shown
-    number: int = dataclasses.field(default_factory=itertools.count().__next__)
-
-    @property
-    def moving(self) -> bool:
-        return bool(self.origins)
-
-    @property
-    def base(self) -> "_Value":
-        return self.root or self
-
-
-class _Walk:
-    """Follows a trace from the inputs to the outputs."""
-
-    def __init__(self):
-        self.products: dict[tuple[int, ...], _Value] = {}  # by place
-        self.not_seen: dict[str, str] = {}
-
-    def through(self, jaxpr, consts, args, place, hidden="") -> list[_Value]:
-        """The values of the outputs."""
-        known = dict(zip(jaxpr.constvars, (_Value() for _ in consts), strict=True))
-        known |= zip(jaxpr.invars, args, strict=True)
-
-        def value(atom):
-            return _Value() if isinstance(atom, core.Literal) else known[atom]
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            found = self.equation(eqn, [value(atom) for atom in eqn.invars], (*place, i), hidden)
-            known |= zip(eqn.outvars, found, strict=True)
-        return [value(atom) for atom in jaxpr.outvars]
-
-    def equation(self, eqn, given, place, hidden) -> list[_Value]:
-        name, bodies = eqn.primitive.name, _bodies(eqn)
-        if name in CALLS:
-            return self.through(*bodies[0], given, place, hidden)
-        if name in RULED:
-            inside = "in a function with a derivative rule of its own"
-            found = self.through(*bodies[0], given, place, hidden or inside)
-            for i, one in enumerate(found):
-                if one.where[: len(place)] == place and not hidden:
-                    one.where, one.hidden = (*place, i), ""
-            return found
-        if name in LOOPS:
-            return self.loop(eqn, bodies, given, place, hidden or f"in a {name}")
-        if len(bodies) == 1 and len(bodies[0][0].invars) == len(given):
-            return self.through(*bodies[0], given, place, hidden or f"in a {name}")
-        found = [self.operation(eqn, given, place) for _ in eqn.outvars]
-        for i, one in enumerate(found):
-            one.where, one.hidden = (*place, i), hidden
-        return found
-
-    def loop(self, eqn, bodies, given, place, hidden) -> list[_Value]:
-        """Of a loop or branch the products are found, but nothing is shown."""
-        params = eqn.params
-        if eqn.primitive.name == "cond":
-            branches = [self.through(*body, given[1:], (*place, i), hidden) for i, body in enumerate(bodies)]
-            return [_joined([given[0], *several]) for several in zip(*branches, strict=True)]
-        if eqn.primitive.name == "while":
-            given = given[params["cond_nconsts"] :]
-            body, first = _bodies(params["body_jaxpr"])[0], params["body_nconsts"]
-            last = len(given)
-        else:
-            body, first = bodies[0], params["num_consts"]
-            last = first + params["num_carry"]
-        carry = found = given[first:last]
-        for _ in range(3):  # a turn may make what the next one starts from depend on x
-            carry = [_joined(pair) for pair in zip(carry, found, strict=False)]
-            found = self.through(*body, [*given[:first], *carry, *given[last:]], place, hidden)
-        return [_joined([one]) for one in found]
-
-    def operation(self, eqn, given, place) -> _Value:
-        """One of the values that a single operation computes."""
-        name = eqn.primitive.name
-        inputs = tuple(dict.fromkeys(one for one in given if one.moving))
-        fixed = [one for one in given if not one.moving]
-        carried = {} if name in REDUCTIONS - PRODUCTS else _largest(fixed)
-        inverse = any(one.inverse for one in given) or _inverts(eqn, given)
-        if not inputs:
-            parametric, state = (any(getattr(one, f) for one in given) for f in ("parametric", "state"))
-            return _Value(carried=carried, parametric=parametric, state=state, inverse=inverse)
-        new = _Value(
-            origins=_union(one.origins for one in inputs),
-            inverse=inverse,
-            products=_union(one.products for one in inputs),
-            sources=_union(one.sources for one in inputs),
-            inputs=inputs,
-        )
-        if name in PRODUCTS and carried:
-            new.kind, new.carried, new.products = "product", carried, frozenset({place})
-            new.sources, new.inverse, new.transposed = frozenset(), False, not given[0].moving
-            self.products[place] = new
-        elif name == "gather" and given[0].carried and given[1].moving:
-            self.not_seen |= dict.fromkeys(given[0].carried, "looked up, as an embedding")
-        elif name in REDUCTIONS:
-            new.sources |= {one.base for one in inputs}
-        elif name in AFFINE | BENT | VIEWS:
-            _elementwise(name, given, fixed, new)
-            new.transposed = name == "transpose"
-            new.bent &= jnp.issubdtype(
-                eqn.outvars[0].aval.dtype, jnp.inexact
-            )  # a comparison is shown by what it chooses
-        else:
-            self.not_seen |= dict.fromkeys(carried, f"an operand of {name}")
-        return new
-
-
-def _elementwise(name, given, fixed, new) -> None:
-    """Says of what a value is an elementwise function, and whether it is a norm."""
-    operands = [one for one in given if one.moving]
-    if len({one.base for one in operands}) == 1:
-        if _divides(name, given[0] is operands[0], fixed, "state"):  # running statistics
-            new.kind, new.sources, new.inverse = "norm", frozenset(), False
-            return
-        new.root = operands[0].base
-        new.bent = (
-            name in BENT
-            or (name == "mul" and len(operands) > 1)
-            or (name in ("div", "gather", "dynamic_slice") and given[1].moving)
-            or (name == "select_n" and given[0].moving)
-        )
-        new.bend = name if new.bent else max((one.bend for one in operands), default="")
-        new.learned = name in AFFINE and len(operands) == 1 and any(one.parametric for one in fixed)
-        return
-    for value in operands:
-        others = [one for one in operands if one is not value]
-        if not all(value.base in one.sources for one in others):
-            continue
-        if name in ("add", "sub", "add_any"):  # the mean, or for softmax the largest
-            new.root, new.bend, new.sources, new.inverse = value.base, value.bend, value.sources, False
-            if name == "sub":
-                new.inputs, new.statistics = (value,), tuple(others)
-            return
-        if _divides(name, given[0] is value, others, "sources"):
-            new.inputs, new.statistics = (value,), tuple(others)
-            new.sources, new.inverse = frozenset(), False
-            if value.bend == "exp":
-                new.root, new.bend, new.bent = value.base, "softmax", True
-            else:
-                new.kind = "norm"
-            return
-    new.bent, new.bend = name in BENT, name
-
-
-def _divides(name, first, by, what) -> bool:
-    """Whether the operation is a division by a statistic, or a product with the inverse of one."""
-    by = [one for one in by if getattr(one, what)]
-    return bool(by) and ((name == "div" and first) or (name == "mul" and any(one.inverse for one in by)))
-
-
-def _inverts(eqn, given) -> bool:
-    name = eqn.primitive.name
-    denominator = name == "div" and (given[1].moving or given[1].state)
-    return denominator or name == "rsqrt" or (name == "integer_pow" and eqn.params["y"] < 0)
-
-
-def _largest(values) -> dict[str, int]:
-    """The largest of the parameters that are carried: a gain beside a matrix is none."""
-    carried = {name: size for one in values for name, size in one.carried.items()}
-    return {name: size for name, size in carried.items() if size == max(carried.values())}
-
-
-def _joined(values) -> _Value:
-    """What may be one or the other."""
-    inputs = tuple(one for one in values if one.moving)
-    return _Value(
-        origins=_union(one.origins for one in inputs),
-        carried={} if inputs else _largest(values),
-        parametric=any(one.parametric for one in values),
-        state=any(one.state for one in values),
-        products=_union(one.products for one in values),
-        inputs=inputs,
-    )
-
-
-def _union(sets) -> frozenset:
-    return frozenset().union(*sets)
-
-
-def _bodies(eqn) -> list[tuple[core.Jaxpr, Sequence]]:
-    """The traces within an equation, or in a parameter of one, with their constants."""
-    params = eqn.params.values() if isinstance(eqn, core.JaxprEqn) else [eqn]
-    several = (value if isinstance(value, tuple | list) else (value,) for value in params)
-    found = [one for values in several for one in values if isinstance(one, core.ClosedJaxpr | core.Jaxpr)]
-    return [(one.jaxpr, one.consts) if isinstance(one, core.ClosedJaxpr) else (one, ()) for one in found]
 
 
 def _read(closed, params, batch_stats) -> Reading:
     """Of a trace of (params, batch_stats, x)."""
     given = [
-        _Value(carried={name_of(path): leaf.size}, parametric=True)
+        Value(carried={name_of(path): (np.size(leaf), np.ndim(leaf))}, parametric=True)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     ]
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch_stats):
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        frozen = {name_of(path): leaf.size} if floating and leaf.ndim > 1 else {}
-        given.append(_Value(carried=frozen, state=floating))
-    given += [_Value(frozenset({"x"}))] * (len(closed.jaxpr.invars) - len(given))
-    walk = _Walk()
-    outputs, *_ = walk.through(closed.jaxpr, closed.consts, given, ()) or [_Value()]
+        floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+        frozen = {name_of(path): (np.size(leaf), np.ndim(leaf))} if floating and np.ndim(leaf) > 1 else {}
+        given.append(Value(carried=frozen, state=floating))
+    given += [Value(frozenset({"x"}))] * (len(closed.jaxpr.invars) - len(given))
+    walk = Walk()
+    outputs, *_ = walk.through(closed.jaxpr, closed.consts, given, ()) or [Value()]
     parts = tuple(_parts(walk.products, outputs))
     not_seen = dict(walk.not_seen)
     for product in walk.products.values():
@@ -401,6 +182,7 @@ def _parts(products, outputs) -> Iterator[Part]:
     shown = [one for one in used if one.kind == "product"]
     between = _before([before for one in shown for before in one.inputs], lambda one: one.inputs)
 
+    @functools.cache
     def last_of_its_chain(value):
         rest = [one for one in onward.get(value, ()) if not (one.bent and one.base is value.base)]
         return not onward.get(value) or any(
@@ -408,13 +190,17 @@ def _parts(products, outputs) -> Iterator[Part]:
         )
 
     def with_bias_and_scale(value):
-        transposed = value.transposed
+        transposed, end = value.transposed, value
         while len(users.get(value, ())) == 1:
             (after,) = users[value]
-            if after.hidden != value.hidden or not (after.learned or (transposed and after.transposed)):
+            if after.kind or after.hidden != value.hidden or (after.transposed and not transposed):
+                break
+            if not (after.learned or after.reshaped):
                 break
             value = after
-        return value
+            if after.learned or after.transposed:
+                end = value
+        return end
 
     names: dict[str, int] = {}
     for value in sorted(used, key=lambda one: one.number):
@@ -440,13 +226,13 @@ def _parts(products, outputs) -> Iterator[Part]:
             )
             name = f"{stem}/{'norm' if kind == 'norm' else 'softmax' if value.bend == 'softmax' else 'activation'}"
         count = names[name] = names.get(name, -1) + 1
-        readout = bool(kernels) and value.where[:-1] in outputs.products
+        readout = bool(kernels) and bool(value.products & outputs.products)
         yield Part(
             name + f"[{count}]" * bool(count), kind, kernels, readout, None if end.hidden else end.where
         )
 
 
-def _before(values, inputs) -> set[_Value]:
+def _before(values, inputs) -> set[Value]:
     """These, and all that they come from."""
     found, todo = set(values), list(values)
     while todo:
@@ -466,7 +252,7 @@ def _evaluate(jaxpr, consts, args, tree, offsets) -> tuple[list, dict[str, jax.A
     for i, eqn in enumerate(jaxpr.eqns):
         here = tree.get(i, {})
         if here and eqn.primitive.name in CALLS:
-            call = functools.partial(_evaluate, *_bodies(eqn)[0], tree=here)
+            call = functools.partial(_evaluate, *bodies_of(eqn)[0], tree=here)
             if "policy" in eqn.params:  # of jax.checkpoint
                 call = jax.checkpoint(
                     call, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"]

@@ -270,16 +270,27 @@ def test_seeds_of_an_instance_that_cannot_be_drawn_anew():
     assert sweep(Sized(6, nnx.Rngs(0)), {"learning_rate": [0.1, 0.2]}).train_loss.shape == (2, 3)
 
 
-def test_a_class_whose_defaults_differ_is_not_drawn_anew():
+def test_a_class_with_arguments_is_not_drawn_anew():
+    """Its defaults need not be what the instance was made with, even where all shapes are equal."""
+
     class Net(eqx.Module):
         layer: eqx.nn.Linear
-        activation: str = eqx.field(static=True)
+        index: jax.Array
 
-        def __init__(self, key, activation="relu"):
-            self.layer, self.activation = eqx.nn.Linear(64, 10, key=key), activation
+        def __init__(self, key, std=1.0):
+            self.layer, self.index = eqx.nn.Linear(64, 10, key=key), jnp.arange(64)[::-1]
 
-    assert from_equinox.drawn_anew(Net(jax.random.key(0))) is not None
-    assert from_equinox.drawn_anew(Net(jax.random.key(0), "tanh")) is None
+        def __call__(self, x):
+            return self.layer(x.ravel()[self.index])
+
+    assert from_equinox.drawn_anew(Net(jax.random.key(0))) is None
+    # Its integers are no parameters, and are kept.
+    net = Net(jax.random.key(0))
+    model = bnjax.as_model(net)
+    params, stats = model.init(jax.random.key(0), IMAGE, 1.0)
+    expected = jax.vmap(net)(images())
+    np.testing.assert_allclose(model.apply(params, stats, images(), train=False)[0], expected, rtol=1e-6)
+    assert [*leaves(params)] == ["layer/weight", "layer/bias"]
 
 
 class Noisy(nn.Module):
@@ -427,6 +438,10 @@ def test_options_that_do_not_fit():
         ValueError, match=r"init_scale=2.0 has nothing to multiply: .*Dense_0/kernel \(readout\)"
     ):
         bnjax.as_model(Linear()).init(jax.random.key(0), IMAGE, 2.0)
+    with pytest.raises(ValueError, match="has nothing to multiply"):
+        bnjax.as_model(Linear()).init(jax.random.key(0), IMAGE, jnp.float32(2))
+    with pytest.raises(ValueError, match="scaled takes a list of names, got 'Dense_0'"):
+        bnjax.as_model(Linear(), scaled="Dense_0").init(jax.random.key(0), IMAGE)
     linear = bnjax.as_model(Linear(), scaled=["Dense_0"])
     one, two = (linear.init(jax.random.key(0), IMAGE, scale)[0]["Dense_0"] for scale in (1.0, 2.0))
     np.testing.assert_array_equal(two["kernel"], 2 * one["kernel"])

@@ -25,6 +25,7 @@ ORDER = [
     "choices",
     "compilation",
     "convolution",
+    "dataflow",
     "tracing",
     "batch_norm",
     "jacobian",

@@ -127,6 +127,8 @@ two_layers.defvjp(lambda x, w: (two_layers(x, w), None), lambda _, g: (g, jnp.ze
             {"a": W, "b": W, "v": V},
             "a a/activation b",
         ),
+        # The kernel on the left, twice: no part is taken for what follows the other.
+        (lambda p, x: (p["b"] @ (p["a"] @ x.T)).T, {"a": W, "b": W}, "a b"),
     ],
 )
 def test_parts(function, params, expected):
@@ -162,6 +164,45 @@ def test_readouts_are_the_last_products():
     reading = read(function, {"a": W, "b": W, "c": W, "v": V})
     assert reading.kernels == ("a", "b", "c")
     assert reading.readouts == ("b", "c")
+
+
+def test_a_readout_with_a_rule_of_its_own():
+    reading = read(lambda p, x: linear(jnp.tanh(x @ p["a"]), p["b"]), {"a": W, "b": W})
+    assert reading.readouts == ("b",)
+
+
+def test_kernels_that_are_made_of_several_parameters():
+    """Put side by side or multiplied, each is one; a gain of the same size is none."""
+    narrow = jax.ShapeDtypeStruct((4, 2), jnp.float32)
+
+    def fused(p, x):
+        return x @ jnp.concatenate([p["q"], p["k"], p["v"]], 1)
+
+    assert read(fused, {"q": W, "k": narrow, "v": narrow}).kernels == ("q", "k", "v")
+    low = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    assert read(lambda p, x: x @ (p["a"] @ p["b"]), {"a": narrow, "b": low}).kernels == ("a", "b")
+    row = jax.ShapeDtypeStruct((1, 4), jnp.float32)
+    assert read(lambda p, x: x[:, :1] @ (p["w"] * p["g"]), {"w": row, "g": V}).kernels == ("w",)
+
+
+def test_where_the_values_of_a_product_are_shown():
+    """With the bias, N first: also where the kernel is on the left, and where a form comes in between."""
+    w, v, x = np.full((5, 4), 0.5, np.float32), np.arange(5, dtype=np.float32), np.ones((3, 4), np.float32)
+
+    def left(params, stats, x, *, train):
+        return jax.vmap(lambda x: params["w"] @ x + params["v"])(x), stats
+
+    def between(params, stats, x, *, train):
+        return (x @ params["w"].T)[:, None].reshape(3, 5) + params["v"], stats
+
+    for apply in (left, between):
+        outputs, shown = tracing.layers(apply)({"w": w, "v": v}, {}, x, {}, train=True)
+        np.testing.assert_array_equal(shown["w"], outputs)
+
+
+def test_several_outputs_are_refused():
+    with pytest.raises(ValueError, match=r"outputs must be one array \[N, K\]"):
+        read(lambda p, x: (x @ p["a"], x), {"a": W})
 
 
 def test_order_is_that_of_the_computation():
@@ -201,6 +242,23 @@ def test_a_carry_that_comes_to_depend_on_x_later():
         return b @ p["readout"]
 
     assert set(read(function, {"a": W, "b": W, "readout": W}).kernels) == {"a", "b", "readout"}
+
+
+def test_a_loop_that_takes_many_turns():
+    """A line of delays: x reaches the product in the fifth turn only."""
+
+    def function(p, x):
+        def turn(carry, _):
+            a, b, c, d, e, f = carry
+            return (a, a, b, c, d, f + e @ p["w"]), None
+
+        zero = jnp.zeros_like(x)
+        (*_, f), _ = jax.lax.scan(turn, (x, zero, zero, zero, zero, zero), None, length=9)
+        return f @ p["readout"]
+
+    reading = read(function, {"w": W, "readout": W})
+    assert reading.kernels == ("w", "readout")
+    assert reading.readouts == ("readout",)
 
 
 def test_not_seen():

@@ -1,1 +1,1 @@
-"""To and from other libraries: `interop.flax`, `interop.nnx`, `interop.torch`. Import the one you need."""
+"""To and from other libraries: `interop.flax`, `.nnx`, `.equinox`, `.torch`. Import the one you need."""

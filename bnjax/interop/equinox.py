@@ -41,20 +41,22 @@ def as_model(
     def drawn(key):
         found = network if single else network(key)
         net, state = found if isinstance(found, tuple) else (found, None)
-        params, static = eqx.partition(net, eqx.is_inexact_array)
-        return params, static, state
+        params, others = eqx.partition(net, eqx.is_inexact_array)
+        arrays, static = eqx.partition(others, eqx.is_array)
+        return params, {"state": state, "arrays": arrays}, static
 
-    static, stateful = eqx.filter_eval_shape(lambda: drawn(jax.random.key(0))[1:])
-    stateful = stateful is not None
+    form, static = eqx.filter_eval_shape(lambda: drawn(jax.random.key(0))[1:])
+    stateful = form["state"] is not None
     takes_key = "key" in inspect.signature(type(static).__call__).parameters
 
     def init(key, input_shape):
-        params, _, state = drawn(key)
-        random = {"key": jax.random.key_data(jax.random.fold_in(key, 1))} if takes_key else {}
-        return params, {"state": state, **random}
+        params, others, _ = drawn(key)
+        random = jax.random.fold_in(key, functions.DROPOUT)
+        return params, {**others, **({"key": jax.random.key_data(random)} if takes_key else {})}
 
     def apply(params, batch_stats, x, *, train):
-        net = eqx.nn.inference_mode(eqx.combine(params, static), value=not train)
+        net = eqx.combine(params, batch_stats["arrays"], static)
+        net = eqx.nn.inference_mode(net, value=not train)
         # Equinox compares an entry's type before and after, the mesh of devices included: all be of this trace.
         state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype) + a, batch_stats["state"])
         kept, keys = {}, None
@@ -63,7 +65,7 @@ def as_model(
             kept, keys = {"key": jax.random.key_data(after)}, jax.random.split(now, len(x))
 
         def one(x, key):
-            options = {} if key is None else {"key": key}
+            options = {"key": key} if takes_key else {}
             return net(x, state, **options) if stateful else (net(x, **options), state)
 
         outputs, state = jax.vmap(one, axis_name="batch", out_axes=(0, None))(x, keys)
@@ -83,19 +85,9 @@ def is_network(value: Any) -> bool:
 
 
 def drawn_anew(network: PyTree) -> Callable[[jax.Array], PyTree] | None:
-    """The function that draws networks like this one, if its class needs nothing but a `key` for it; else None."""
+    """The function that draws networks like this one, if its class takes a `key` and nothing else; otherwise None."""
     stateful = isinstance(network, tuple)
     cls = type(network[0] if stateful else network)
-
-    def draw(key):
-        return (eqx.nn.make_with_state(cls) if stateful else cls)(key=key)
-
-    def form(draw):
-        arrays, static = eqx.partition(eqx.filter_eval_shape(draw), lambda leaf: hasattr(leaf, "shape"))
-        return jax.tree.map(lambda a: (a.shape, a.dtype), arrays), static
-
-    try:
-        same = eqx.tree_equal(form(lambda: draw(jax.random.key(0))), form(lambda: network))
-    except (TypeError, ValueError):
+    if [*inspect.signature(cls.__init__).parameters] != ["self", "key"]:
         return None
-    return draw if bool(same) else None
+    return lambda key: (eqx.nn.make_with_state(cls) if stateful else cls)(key=key)

@@ -311,7 +311,7 @@ def as_model(
             )
         params, state = variables.get("params", {}), variables.get("batch_stats", {})
         if random(tuple(input_shape)):
-            state = {**state, RNG: jax.random.key_data(jax.random.fold_in(key, 1))}
+            state = {**state, RNG: jax.random.key_data(jax.random.fold_in(key, functions.DROPOUT))}
         return params, state
 
     def apply(params, batch_stats, x, *, train):

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from bnjax import tracing
 from bnjax.types import ApplyFn, Model, PyTree
 
+DROPOUT = 0x64726F70  # folded into the key of the initialization: no number that a split of it has
+
 
 def as_model(
     init: Callable[[jax.Array, tuple[int, ...]], tuple[PyTree, PyTree]],
@@ -50,7 +52,7 @@ def as_model(
 
     def scaled_init(key, input_shape, init_scale=1.0):
         names, nothing = chosen(tuple(input_shape))
-        if not names and isinstance(init_scale, int | float) and init_scale != 1:
+        if not names and not isinstance(init_scale, jax.core.Tracer) and init_scale != 1:
             raise ValueError(f"init_scale={init_scale} has nothing to multiply: {nothing}")
         params, batch_stats = init(key, input_shape)
 
@@ -86,6 +88,8 @@ def nothing_scaled(reading: tracing.Reading) -> str:
 
 def _chosen(reading, params, scaled) -> set[str]:
     kernels = [name for name in reading.kernels if name in params]
+    if isinstance(scaled, str):
+        raise ValueError(f"scaled takes a list of names, got {scaled!r}")
     if scaled is None:
         return {name for name in kernels if name not in reading.readouts}
     inside = {

@@ -147,7 +147,7 @@ def sweep(
     probe_of = _probes(probe, models)
     trainers = program.trainers(models, ds, config, probe_of, width=width, segment=segment, devices=devices)
     variables, further = _variables(probe_of, models, ds, config, coords)
-    kernels = _kernels(models, ds, coords, hyper)
+    kernels = _kernels(models, ds, config, coords, hyper)
     device, fingerprint = next(iter(trainers.values())).devices[0], provenance.fingerprint(ds)
     attributes = provenance.describe(
         models, config, coords, hyper, device, fingerprint, about or {}, kernels=kernels
@@ -315,7 +315,7 @@ def _models(model, redraw):
     return {name: as_model(drawn_anew(one) if redraw else one) for name, one in given.items()}
 
 
-def _kernels(models, ds, coords, hyper):
+def _kernels(models, ds, config, coords, hyper):
     """{network: what of it is scaled, decayed and not seen}, after checking that seeds and scales change something."""
     found = {name: describe(one, ds.train_x.shape[1:]) for name, one in models.items()}
     for name, one in found.items():
@@ -328,10 +328,14 @@ def _kernels(models, ds, coords, hyper):
             )
         if ("init_scale" in coords or hyper.init_scale != 1) and not one.names("scaled"):
             raise ValueError(f"init_scale has nothing to multiply in {network}:\n{one}")
-    return {
-        name: {"scaled": one.names("scaled"), "decayed": one.names("decayed"), "not_seen": one.not_seen}
-        for name, one in found.items()
-    }
+
+    def names(one):
+        decayed = (
+            [] if callable(config.optimizer) else one.names("decayed")
+        )  # its own optimizer decays what it says
+        return {"scaled": one.names("scaled"), "decayed": decayed, "not_seen": one.not_seen}
+
+    return {name: names(one) for name, one in found.items()}
 
 
 def _probes(probe, models):
