@@ -94,10 +94,7 @@ class Walk:
         if name in RULED:
             inside = "in a function with a derivative rule of its own"
             found = self.through(*bodies[0], given, place, hidden or inside)
-            for i, one in enumerate(found):
-                if one.where[: len(place)] == place and not hidden:
-                    one.where, one.hidden = (*place, i), ""
-            return found
+            return found if hidden else [self.outside(one, place, i) for i, one in enumerate(found)]
         if name in LOOPS:
             return self.loop(eqn, bodies, given, place, hidden or f"in a {name}")
         if len(bodies) == 1 and len(bodies[0][0].invars) == len(given):
@@ -106,6 +103,15 @@ class Walk:
         for i, one in enumerate(found):
             one.where, one.hidden = (*place, i), hidden
         return found
+
+    def outside(self, inner, place, output) -> Value:
+        """An output of the call at that place, which can be shown though what is inside cannot."""
+        if inner.where[: len(place)] != place:
+            return inner  # it only goes through
+        one = dataclasses.replace(inner, where=(*place, output), hidden="")
+        if one.kind == "product":
+            self.products |= dict.fromkeys(one.products, one)
+        return one
 
     def loop(self, eqn, bodies, given, place, hidden) -> list[Value]:
         """Of a loop or branch the products are found, but nothing is shown."""

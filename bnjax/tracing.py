@@ -161,15 +161,15 @@ def _read(closed, params, batch_stats) -> Reading:
     given += [Value(frozenset({"x"}))] * (len(closed.jaxpr.invars) - len(given))
     walk = Walk()
     outputs, *_ = walk.through(closed.jaxpr, closed.consts, given, ()) or [Value()]
-    parts = tuple(_parts(walk.products, outputs))
+    found = list(_parts(walk.products, outputs))
     not_seen = dict(walk.not_seen)
-    for product in walk.products.values():
-        if product.hidden:
-            not_seen |= dict.fromkeys(product.carried, product.hidden)
-    return Reading(parts, not_seen)
+    for part, why in found:
+        not_seen |= dict.fromkeys(part.kernels if why else (), why)
+    return Reading(tuple(part for part, _ in found), not_seen)
 
 
-def _parts(products, outputs) -> Iterator[Part]:
+def _parts(products, outputs) -> Iterator[tuple[Part, str]]:
+    """Each with the reason why it cannot be shown, if there is one."""
     path = _before([outputs], lambda one: one.inputs)  # of the signal
     used = _before([outputs], lambda one: one.inputs + one.statistics)
     onward, users = {}, {}
@@ -193,7 +193,7 @@ def _parts(products, outputs) -> Iterator[Part]:
         transposed, end = value.transposed, value
         while len(users.get(value, ())) == 1:
             (after,) = users[value]
-            if after.kind or after.hidden != value.hidden or (after.transposed and not transposed):
+            if after.kind or (after.hidden and not value.hidden) or (after.transposed and not transposed):
                 break
             if not (after.learned or after.reshaped):
                 break
@@ -227,9 +227,8 @@ def _parts(products, outputs) -> Iterator[Part]:
             name = f"{stem}/{'norm' if kind == 'norm' else 'softmax' if value.bend == 'softmax' else 'activation'}"
         count = names[name] = names.get(name, -1) + 1
         readout = bool(kernels) and bool(value.products & outputs.products)
-        yield Part(
-            name + f"[{count}]" * bool(count), kind, kernels, readout, None if end.hidden else end.where
-        )
+        where = None if end.hidden else end.where
+        yield Part(name + f"[{count}]" * bool(count), kind, kernels, readout, where), end.hidden
 
 
 def _before(values, inputs) -> set[Value]:

@@ -305,6 +305,32 @@ def test_the_rules_of_functions_are_kept():
     np.testing.assert_allclose(to_offset, np.full((3, 4), 1 / np.cosh(1) ** 2), rtol=1e-5)
 
 
+@jax.custom_jvp
+def twice(x):
+    """The same values as two outputs, of which one is used."""
+    y = (x - x.mean(0)) / x.std(0)
+    return y, y
+
+
+@twice.defjvp
+def _(primals, tangents):
+    return jax.jvp(twice.__wrapped__, primals, tangents)
+
+
+def test_an_output_that_is_another_too():
+    def apply(params, stats, x, *, train):
+        return twice(x @ params["a"])[0] @ params["b"], stats
+
+    w, x = np.eye(4, dtype=np.float32), np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+
+    def total(offset):
+        outputs, shown = tracing.layers(apply)({"a": w, "b": w}, {}, x, {"a/norm": offset}, train=True)
+        assert [*shown] == ["a", "a/norm", "b"]
+        return outputs.sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.zeros((3, 4))), 1)
+
+
 def test_offsets_within_remat():
     """The offset acts inside of the checkpointed function; its value comes out."""
     w, x = np.eye(4, dtype=np.float32), np.ones((3, 4), np.float32)
