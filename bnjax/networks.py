@@ -1,6 +1,7 @@
 """Any network as a model, and what of it is scaled and decayed."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -191,14 +192,17 @@ def describe(model: Any, input_shape: tuple[int, ...]) -> Description:
       output/kernel    8 x 3   readout   -        yes
     """
     model = as_model(model)
+    return _described(model.init, model.apply, tuple(input_shape))
 
+
+@functools.lru_cache(maxsize=16)  # each sweep asks for it
+def _described(draw, apply, input_shape):
     def init(key, init_scale):
-        return model.init(key, tuple(input_shape), init_scale)
+        return draw(key, input_shape, init_scale)
 
-    state, depends = tracing.dependent(
-        init, jax.random.key(0), 1.0
-    )  # on argument 0, the key, and 1, the scale
-    reading, _ = tracing.read_examples(model.apply, *state, input_shape)
+    # Argument 0 is the key, 1 the scale.
+    state, depends = tracing.dependent(init, jax.random.key(0), 1.0)
+    reading, _ = tracing.read_examples(apply, *state, input_shape)
     rows = []
     for tree, depending, frozen in ((state[0], depends[0], False), (state[1], depends[1], True)):
         leaves = zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(depending), strict=True)
