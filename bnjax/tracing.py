@@ -98,9 +98,9 @@ def read(apply: ApplyFn, params: PyTree, batch_stats: PyTree, x: Any, *, train: 
 def read_examples(
     apply: ApplyFn, params: PyTree, batch_stats: PyTree, input_shape: tuple[int, ...]
 ) -> tuple[Reading, jax.ShapeDtypeStruct]:
-    """(`read` in training, the form of a batch of two examples of the first type that the network takes).
+    """(`read` in evaluation, the form of a batch of two examples of the first type that the network takes).
 
-    The types are float32, and int32 (tokens).
+    The types are float32, and int32 (tokens). In training a network may need larger batches.
 
     Raises:
       ValueError: if it takes neither.
@@ -109,7 +109,7 @@ def read_examples(
     for dtype in (jnp.float32, jnp.int32):
         x = jax.ShapeDtypeStruct((2, *input_shape), dtype)
         try:
-            return read(apply, params, batch_stats, x), x
+            return read(apply, params, batch_stats, x, train=False), x
         except (TypeError, ValueError) as error:
             errors[dtype.__name__] = error
     told = "; ".join(f"{name}: {error}" for name, error in errors.items())

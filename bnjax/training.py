@@ -182,7 +182,7 @@ def make_run(
         if callable(config.optimizer):
             return config.optimizer(hyper)
         x = jax.ShapeDtypeStruct((2, *ds.train_x.shape[1:]), ds.train_x.dtype)
-        kernels = tracing.read(model.apply, params, batch_stats, x).kernels
+        kernels = tracing.read(model.apply, params, batch_stats, x, train=False).kernels
         decayed = jax.tree_util.tree_map_with_path(lambda path, _: tracing.name_of(path) in kernels, params)
         return OPTIMIZERS[config.optimizer](hyper, decayed)
 
