@@ -130,8 +130,7 @@ class Walk:
                 a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body[0].outvars, strict=True)
             )
             first = last - carried
-        carry = found = given[first:last]
-        known = None
+        carry, known = given[first:last], None
         while known != (known := [(one.origins, one.products) for one in carry]):
             # A turn may make what the next one starts from depend on x.
             found = self.through(*body, [*given[:first], *carry, *given[last:]], place, hidden)
@@ -170,9 +169,8 @@ class Walk:
             _elementwise(name, given, fixed, new)
             same_size = eqn.invars[0].aval.size == eqn.outvars[0].aval.size
             new.transposed, new.reshaped = name == "transpose", name in RESHAPES and same_size
-            new.bent &= jnp.issubdtype(
-                eqn.outvars[0].aval.dtype, jnp.inexact
-            )  # a comparison is shown by what it chooses
+            # A comparison is shown by what it chooses.
+            new.bent &= jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.inexact)
         else:
             self.not_seen |= dict.fromkeys(carried, f"an operand of {name}")
         return new

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -50,8 +51,8 @@ def as_model(
       ValueError: for something else, or options that it does not take.
     """
     options = {"scaled": scaled, "config": config}
-    kind, module = _kind(network)
-    if arguments is not None and kind not in ("linen", "nnx"):
+    kind = _kind(network)
+    if arguments is not None and kind not in ("flax", "nnx"):
         raise ValueError(f"arguments are those of a Flax network; got {_short(network)}")
     if kind == "model":
         if scaled is not None or config is not None:
@@ -59,57 +60,44 @@ def as_model(
         return network
     if kind == "pair":
         return _from_pair(*network, **options)
-    if module is None:
+    if not kind:
         raise ValueError(f"a network must be {ACCEPTED}; got {_short(network)}")
-    return module().as_model(network, **options, **({"arguments": arguments} if kind != "equinox" else {}))
+    if kind != "equinox":
+        options["arguments"] = arguments
+    return _interop(kind).as_model(network, **options)
 
 
 def drawn_anew(network: Any) -> Any:
     """The model that draws anew for each seed, in the place of a network with a draw of its own, if there is one."""
-    kind, module = _kind(network)
-    draw = module().drawn_anew(network) if kind in ("nnx", "equinox") else None
-    return network if draw is None else module().as_model(draw)
+    kind = _kind(network)
+    draw = _interop(kind).drawn_anew(network) if kind in ("nnx", "equinox") else None
+    return network if draw is None else _interop(kind).as_model(draw)
 
 
 def is_network(value: Any) -> bool:
     """Whether `as_model` takes it."""
-    return _kind(value)[0] != ""
+    return _kind(value) != ""
 
 
-def _kind(value) -> tuple[str, Callable | None]:
-    """What it is, and the function that imports its module. Flax and Equinox are not imported for that."""
+def _kind(value) -> str:
+    """Either "model", "pair", the name of its module in `bnjax.interop`, or "". No library is imported to find out."""
     if isinstance(value, Model):
-        return "model", None
+        return "model"
     if "flax" in sys.modules:
         from flax import linen, nnx
 
         if isinstance(value, linen.Module):
-            return "linen", _flax
+            return "flax"
         if isinstance(value, nnx.Module):
-            return "nnx", _nnx
-    if "equinox" in sys.modules and _equinox().is_network(value):
-        return "equinox", _equinox
-    if isinstance(value, tuple) and len(value) == 2 and all(map(callable, value)):
-        return "pair", None
-    return "", None
+            return "nnx"
+    if "equinox" in sys.modules and _interop("equinox").is_network(value):
+        return "equinox"
+    return "pair" if isinstance(value, tuple) and len(value) == 2 and all(map(callable, value)) else ""
 
 
-def _flax():
-    from bnjax.interop import flax
-
-    return flax
-
-
-def _nnx():
-    from bnjax.interop import nnx
-
-    return nnx
-
-
-def _equinox():
-    from bnjax.interop import equinox
-
-    return equinox
+def _interop(name):
+    """A module of `bnjax.interop`, whose library is needed only now."""
+    return importlib.import_module(f"bnjax.interop.{name}")
 
 
 def _from_pair(init, apply, *, scaled, config) -> Model:
@@ -121,7 +109,7 @@ def _from_pair(init, apply, *, scaled, config) -> Model:
             what: getattr(f, "__qualname__", type(f).__qualname__)
             for what, f in (("init", init), ("apply", apply))
         }
-        config = {"model": "functions", **names, "scaled": None if scaled is None else sorted(scaled)}
+        config = functions.in_words(scaled, model="functions", **names)
     return functions.as_model(lambda key, shape: (init(key, shape), {}), run, scaled=scaled, config=config)
 
 

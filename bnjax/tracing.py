@@ -3,7 +3,8 @@
 `apply` is traced to a jaxpr (JAX's list of primitive operations), which is followed from the inputs to the outputs:
 
     product        a `dot_general` or convolution of something that depends on x with a parameter, or with one that went
-                   only through casts, transposes, reshapes, slices and elementwise maps. The parameter is its kernel.
+                   only through casts, transposes, reshapes, slices and elementwise maps. The parameter is its kernel;
+                   so are several that were put side by side or multiplied before.
     readout        a product from which the outputs are reached without another one.
     norm           a value divided by a reduction of itself (or times the rsqrt of one), or by running statistics.
     nonlinearity   an elementwise function between two products that is not affine; a chain of them counts once.
@@ -14,7 +15,7 @@ one, the last is meant; `input`, if there is none. Products and norms include th
 
 `layers` evaluates the trace with an offset added to each of these. What cannot be shown is named in `Reading.not_seen`:
 parameters that are looked up (embeddings), and products in a loop or in a function with a derivative rule of its own.
-Kernels are found there, too.
+The kernels of such products are kernels as any other.
 """
 
 import functools
@@ -38,9 +39,8 @@ class Part(NamedTuple):
     kind: str
     kernels: tuple[str, ...]  # the parameters that are a product's kernel
     readout: bool
-    where: (
-        tuple[int, ...] | None
-    )  # of the equations that enclose it, its own, and its output; None: not shown
+    where: tuple[int, ...] | None
+    """The numbers of the equations that enclose it, of its own, and of its output; None: not shown."""
 
 
 class Reading(NamedTuple):
@@ -202,7 +202,7 @@ def _parts(products, outputs) -> Iterator[tuple[Part, str]]:
                 end = value
         return end
 
-    names: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for value in sorted(used, key=lambda one: one.number):
         kernels = tuple(value.carried) if value.kind == "product" else ()
         if kernels:
@@ -225,7 +225,7 @@ def _parts(products, outputs) -> Iterator[tuple[Part, str]]:
                 else "input"
             )
             name = f"{stem}/{'norm' if kind == 'norm' else 'softmax' if value.bend == 'softmax' else 'activation'}"
-        count = names[name] = names.get(name, -1) + 1
+        count = counts[name] = counts.get(name, -1) + 1
         readout = bool(kernels) and bool(value.products & outputs.products)
         where = None if end.hidden else end.where
         yield Part(name + f"[{count}]" * bool(count), kind, kernels, readout, where), end.hidden

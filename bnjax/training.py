@@ -173,8 +173,9 @@ def make_run(
         before `until`. Both may be traced: one program takes a run in whatever segments, to the same bits. (`first` is
         no part of the state for its loops: a `vmap` would batch what they go by.)
     """
+    own_apply = model.apply
     if jax.default_backend() == "cpu":
-        model = model._replace(apply=convolution.on_cpu(model.apply))
+        model = model._replace(apply=convolution.on_cpu(own_apply))
     num_evaluations = len(config.eval_steps)
     every = config.eval_every or config.steps
 
@@ -182,7 +183,7 @@ def make_run(
         if callable(config.optimizer):
             return config.optimizer(hyper)
         x = jax.ShapeDtypeStruct((2, *ds.train_x.shape[1:]), ds.train_x.dtype)
-        kernels = tracing.read(model.apply, params, batch_stats, x, train=False).kernels
+        kernels = tracing.read(own_apply, params, batch_stats, x, train=False).kernels
         decayed = jax.tree_util.tree_map_with_path(lambda path, _: tracing.name_of(path) in kernels, params)
         return OPTIMIZERS[config.optimizer](hyper, decayed)
 

@@ -51,8 +51,7 @@ def as_model(
 
     def init(key, input_shape):
         params, others, _ = drawn(key)
-        random = jax.random.fold_in(key, functions.DROPOUT)
-        return params, {**others, **({"key": jax.random.key_data(random)} if takes_key else {})}
+        return params, {**others, **({"key": functions.dropout_key(key)} if takes_key else {})}
 
     def apply(params, batch_stats, x, *, train):
         net = eqx.combine(params, batch_stats["arrays"], static)
@@ -61,8 +60,8 @@ def as_model(
         state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype) + a, batch_stats["state"])
         kept, keys = {}, None
         if takes_key and train:
-            after, now = jax.random.split(jax.random.wrap_key_data(batch_stats["key"]))
-            kept, keys = {"key": jax.random.key_data(after)}, jax.random.split(now, len(x))
+            kept["key"], now = functions.next_keys(batch_stats["key"])
+            keys = jax.random.split(now, len(x))
 
         def one(x, key):
             options = {"key": key} if takes_key else {}
@@ -72,8 +71,7 @@ def as_model(
         return outputs, {**batch_stats, "state": state, **kept} if train else batch_stats
 
     if config is None:
-        config = {"model": "equinox", "class": type(static).__qualname__}
-        config["scaled"] = None if scaled is None else sorted(scaled)
+        config = functions.in_words(scaled, model="equinox", **{"class": type(static).__qualname__})
     return functions.as_model(init, apply, scaled=scaled, config=config)
 
 

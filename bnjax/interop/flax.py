@@ -311,7 +311,7 @@ def as_model(
             )
         params, state = variables.get("params", {}), variables.get("batch_stats", {})
         if random(tuple(input_shape)):
-            state = {**state, RNG: jax.random.key_data(jax.random.fold_in(key, functions.DROPOUT))}
+            state = {**state, RNG: functions.dropout_key(key)}
         return params, state
 
     def apply(params, batch_stats, x, *, train):
@@ -320,15 +320,13 @@ def as_model(
             return call(module.apply, variables, x, train=False), batch_stats
         options, kept = {}, {}
         if RNG in batch_stats:
-            after, now = jax.random.split(jax.random.wrap_key_data(batch_stats[RNG]))
-            # Streams without a key of their own take that of "params".
-            options, kept = {"rngs": {"params": now}}, {RNG: jax.random.key_data(after)}
+            kept[RNG], now = functions.next_keys(batch_stats[RNG])
+            options["rngs"] = {"params": now}  # streams without a key of their own take that of "params"
         outputs, new = call(module.apply, variables, x, train=True, mutable=["batch_stats"], **options)
         return outputs, {**new.get("batch_stats", variables["batch_stats"]), **kept}
 
     if config is None:
-        config = {"model": "flax", "module": _description(module)}
-        config["scaled"] = None if scaled is None else sorted(scaled)
+        config = functions.in_words(scaled, model="flax", module=_description(module))
     return functions.as_model(init, apply, scaled=scaled, config=config)
 
 

@@ -17,6 +17,22 @@ from bnjax.types import ApplyFn, Model, PyTree
 DROPOUT = 0x64726F70  # folded into the key of the initialization: no number that a split of it has
 
 
+def dropout_key(key: jax.Array) -> jax.Array:
+    """The key of dropout as the state holds it, a plain array, from that of the initialization."""
+    return jax.random.key_data(jax.random.fold_in(key, DROPOUT))
+
+
+def next_keys(stored: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(what the state holds after this step, the key of this step)."""
+    after, now = jax.random.split(jax.random.wrap_key_data(stored))
+    return jax.random.key_data(after), now
+
+
+def in_words(scaled: Collection[str] | None, **network: Any) -> dict[str, Any]:
+    """The `config` of a model for which none is given."""
+    return {**network, "scaled": None if scaled is None else sorted(scaled)}
+
+
 def as_model(
     init: Callable[[jax.Array, tuple[int, ...]], tuple[PyTree, PyTree]],
     apply: ApplyFn,

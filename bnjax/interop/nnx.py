@@ -111,8 +111,7 @@ def as_model(
         return outputs, split(net)[2] if train else batch_stats
 
     if config is None:
-        config = {"model": "nnx", "class": type(form()).__qualname__}
-        config["scaled"] = None if scaled is None else sorted(scaled)
+        config = functions.in_words(scaled, model="nnx", **{"class": type(form()).__qualname__})
     return functions.as_model(init, run, scaled=scaled, config=config)
 
 

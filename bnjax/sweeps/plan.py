@@ -34,8 +34,8 @@ def width_of(model: Model, ds: Dataset, device: jax.Device) -> int:
     _, num_bytes, convolves = _size(model, ds)
     cpu = device.platform == "cpu"
     if cpu and convolves:
-        # Under vmap a convolution becomes a grouped one, at which XLA's CPU backend is slow: a network of two had 0.9,
-        # 0.8 and 0.4 times the speed at widths 2, 4 and 16.
+        # Most convolutions are trained as products (`bnjax.convolution`), which gain nothing from a width: a network of
+        # two took 65, 70 and 76 ms a step and cell at widths 1, 2 and 4. Others become grouped ones: slow.
         return 1
     memory, most = (CPU_CACHE_BYTES, CPU_MAX_WIDTH) if cpu else (ACCELERATOR_BYTES, ACCELERATOR_MAX_WIDTH)
     return 2 ** int(math.log2(min(most, max(1, memory // max(3 * num_bytes, 1)))))

@@ -30,11 +30,9 @@ def describe(
     device: jax.Device,
     data: str,
     about: Mapping[str, Any],
-    **further: Any,
+    kernels: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What a sweep computes, on data of that `fingerprint`, and with what; `about`: further attributes, as of `sweep`.
-
-    What is `further` is kept likewise.
 
     Raises:
       ValueError: if `about` has a name that is taken, or it or a network's config has what JSON does not hold.
@@ -45,7 +43,7 @@ def describe(
         "hyper": {name: np.asarray(v).item() for name, v in hyper._asdict().items() if name not in axes},
         "versions": versions(),
         "device": _kind(device),
-        **further,
+        "kernels": kernels,
     }
     if taken := {*found, "plan", "identity", "changes"} & {*about}:
         raise ValueError(f"about must not have {sorted(taken)}, which results have anyway")

@@ -330,9 +330,8 @@ def _kernels(models, ds, config, coords, hyper):
             raise ValueError(f"init_scale has nothing to multiply in {network}:\n{one}")
 
     def names(one):
-        decayed = (
-            [] if callable(config.optimizer) else one.names("decayed")
-        )  # its own optimizer decays what it says
+        # An optimizer of one's own decays what it says.
+        decayed = [] if callable(config.optimizer) else one.names("decayed")
         return {"scaled": one.names("scaled"), "decayed": decayed, "not_seen": one.not_seen}
 
     return {name: names(one) for name, one in found.items()}
