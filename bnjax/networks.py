@@ -5,16 +5,14 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import rich.box
-import rich.console
-import rich.table
 
-from bnjax import tracing
+from bnjax import tables, tracing
 from bnjax.interop import functions
-from bnjax.types import Model
+from bnjax.types import Model, takes_extra, taking_extra, with_extra
 
 ACCEPTED = (
     "a bnjax.Model, a Flax linen module, an NNX or Equinox network, or a pair of functions (init(key, input_shape) -> "
@@ -101,8 +99,11 @@ def _interop(name):
 
 
 def _from_pair(init, apply, *, scaled, config) -> Model:
-    def run(params, batch_stats, x, *, train):
-        return apply(params, x), batch_stats
+    def draw(key, input_shape, *, extra):
+        return with_extra(init, extra)(key, input_shape), {}
+
+    def run(params, batch_stats, x, *, train, extra):
+        return with_extra(apply, extra)(params, x), batch_stats
 
     if config is None:
         names = {
@@ -110,7 +111,8 @@ def _from_pair(init, apply, *, scaled, config) -> Model:
             for what, f in (("init", init), ("apply", apply))
         }
         config = functions.in_words(scaled, model="functions", **names)
-    return functions.as_model(lambda key, shape: (init(key, shape), {}), run, scaled=scaled, config=config)
+    draw, run = taking_extra(draw, takes_extra(init)), taking_extra(run, takes_extra(apply))
+    return functions.as_model(draw, run, scaled=scaled, config=config)
 
 
 def _short(value):
@@ -142,27 +144,26 @@ class Description:
         return [row.name for row in self.parameters if getattr(row, what)]
 
     def __str__(self):
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-        for title in ("layer", "shape", "role", "scaled", "decayed"):
-            table.add_column(title, overflow="fold")
-        for row in self.parameters:
-            yes = ("yes" if row.scaled else "-", "yes" if row.decayed else "-")
-            table.add_row(row.name, " x ".join(map(str, row.shape)) or "scalar", row.role or "-", *yes)
-        console = rich.console.Console(width=80, color_system=None, force_jupyter=False)
-        with console.capture() as captured:
-            console.print(table)
+        def row(one):
+            yes = ("yes" if one.scaled else "-", "yes" if one.decayed else "-")
+            return one.name, " x ".join(map(str, one.shape)) or "scalar", one.role or "-", *yes
+
+        table = tables.text(("layer", "shape", "role", "scaled", "decayed"), map(row, self.parameters))
         unseen = [f"not seen: {name}: {why}" for name, why in self.not_seen.items()]
-        return "\n".join([*(line.rstrip() for line in captured.get().rstrip().splitlines()), *unseen])
+        return "\n".join([table, *unseen])
 
     __repr__ = __str__
 
 
-def describe(model: Any, input_shape: tuple[int, ...]) -> Description:
+def describe(
+    model: Any, input_shape: tuple[int, ...], *, extra: Mapping[str, Any] = MappingProxyType({})
+) -> Description:
     """What of a network is scaled and decayed, and what is seen of it. Nothing is computed.
 
     Args:
       model: whatever `as_model` takes.
       input_shape: of one example.
+      extra: what the network takes as `Hyperparams.extra`.
 
     Returns:
       `Description`; printed, it is a table.
@@ -179,12 +180,15 @@ def describe(model: Any, input_shape: tuple[int, ...]) -> Description:
       output/bias      3       -         -        -
       output/kernel    8 x 3   readout   -        yes
     """
-    model = as_model(model)
-    return _described(model.init, model.apply, tuple(input_shape))
+    model, names = as_model(model), tuple(extra)
+    return _described(model.init, model.apply, tuple(input_shape), names)
 
 
 @functools.lru_cache(maxsize=16)  # each sweep asks for it
-def _described(draw, apply, input_shape):
+def _described(draw, apply, input_shape, names):
+    extra = dict.fromkeys(names, 0.5)  # whose values change nothing here
+    draw, apply = with_extra(draw, extra), with_extra(apply, extra)
+
     def init(key, init_scale):
         return draw(key, input_shape, init_scale)
 

@@ -1,13 +1,14 @@
 """Figures from labelled results. The only module that imports matplotlib; it needs no display."""
 
+import io
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
+import matplotlib.figure
 import numpy as np
 import xarray as xr
-from matplotlib.figure import Figure
 
 from bnjax.analysis.robustness import at_best
 
@@ -15,6 +16,17 @@ from bnjax.analysis.robustness import at_best
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 TITLE_SIZE = 10.5  # of long titles, in points
+
+
+class Figure(matplotlib.figure.Figure):
+    """One that shows itself in notebooks, without pyplot."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        """The image, and its size on the screen in pixels."""
+        image = io.BytesIO()
+        self.savefig(image, format="png")
+        width, height = (round(96 * inches) for inches in self.get_size_inches())
+        return image.getvalue(), {"width": width, "height": height}
 
 
 def robustness(

@@ -13,9 +13,11 @@ trace (`bnjax.tracing`). With N examples in the batch, an intermediate is [N, ..
 one example (in an image, each position of each channel).
 """
 
+import functools
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +27,8 @@ from jax.experimental.sparse import linalg
 
 from bnjax import choices, tracing
 from bnjax.networks import as_model
-from bnjax.types import Array, Dataset, Hyperparams, Model, Probe, PyTree, Snapshot
+from bnjax.tables import ByLayer
+from bnjax.types import Array, Dataset, Hyperparams, Model, Probe, PyTree, Snapshot, bound
 
 # Of a Jacobian that `singular_values` forms: 32 MB in float32, and some seconds for its singular values.
 LARGEST_JACOBIAN = 2**23
@@ -44,11 +47,17 @@ class Signal(NamedTuple):
 class Gradients(NamedTuple):
     """Norms of gradients by name; scalars."""
 
-    intermediates: dict[str, jax.Array]
-    weights: dict[str, jax.Array]
+    intermediates: ByLayer
+    weights: ByLayer
+
+    def __repr__(self) -> str:
+        """Two tables."""
+        return f"gradients to intermediates\n{self.intermediates}\n\ngradients to weights\n{self.weights}"
 
 
-def shapes(probe: Probe, model: Model, ds: Dataset) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes(
+    probe: Probe, model: Model, ds: Dataset, extra: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, jax.ShapeDtypeStruct]:
     """{quantity: the shape and type of what the probe measures}, without measuring.
 
     Raises:
@@ -56,11 +65,11 @@ def shapes(probe: Probe, model: Model, ds: Dataset) -> dict[str, jax.ShapeDtypeS
     """
 
     def measured(ds, hyper):
-        state = model.init(jax.random.key(0), ds.train_x.shape[1:], hyper.init_scale)
+        state = bound(model, extra).init(jax.random.key(0), ds.train_x.shape[1:], hyper.init_scale)
         found = probe.measure(Snapshot(*state, *state, ds, hyper))
         return {name: jnp.asarray(value) for name, value in found.items()}
 
-    found = jax.eval_shape(measured, ds, Hyperparams())
+    found = jax.eval_shape(measured, ds, Hyperparams(extra=dict(extra)))
     for quantity, value in found.items():
         if value.shape not in ((), (len(probe.layers),)):
             raise ValueError(
@@ -116,6 +125,7 @@ def weights(
     *,
     batch_size: int | None = None,
     loss: Callable[[jax.Array, jax.Array], jax.Array] = _cross_entropy,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> Probe:
     """A probe of each weight matrix W along training.
 
@@ -129,6 +139,7 @@ def weights(
       input_shape: of one example.
       batch_size: the gradient is that of the first so many training examples. None: not measured.
       loss: of outputs [N, K] and labels [N], a scalar; by default the mean cross-entropy.
+      extra: what the network takes as `Hyperparams.extra`; of a run its own values are used.
 
     Raises:
       ValueError: for a model without weight matrices, or a `batch_size` below 1; when it measures, for one above the
@@ -136,7 +147,7 @@ def weights(
     """
     _check_batch_size(batch_size)
     model = as_model(model)
-    state, reading, _ = _form(model, input_shape)
+    state, reading, _ = _form(bound(model, extra), input_shape)
     paths = reading.kernels
     names = tuple(kernels(*state, paths))
     if not names:
@@ -155,7 +166,9 @@ def weights(
         x, y = _first_examples(snapshot, batch_size)
 
         def loss_of(matrices):
-            outputs, _ = model.apply(*_with_kernels(*state, matrices), x, train=True)
+            outputs, _ = bound(model, snapshot.hyper.extra).apply(
+                *_with_kernels(*state, matrices), x, train=True
+            )
             return loss(outputs, y)
 
         to_weights = jax.grad(loss_of)(now)
@@ -170,6 +183,7 @@ def flow(
     *,
     batch_size: int = 128,
     loss: Callable[[jax.Array, jax.Array], jax.Array] = _cross_entropy,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> Probe:
     """A probe of each intermediate along training: what `signals` has, and gradient_norm, that of the loss to it.
 
@@ -180,18 +194,19 @@ def flow(
       input_shape: of one example.
       batch_size: the number of examples.
       loss: of outputs [N, K] and labels [N], a scalar; by default the mean cross-entropy.
+      extra: what the network takes as `Hyperparams.extra`; of a run its own values are used.
 
     Raises:
       ValueError: for a `batch_size` below 1; when it measures, for one above the number of training examples.
     """
     _check_batch_size(batch_size)
     model = as_model(model)
-    state, _, x = _form(model, input_shape)
-    names = tuple(_shapes(model, *state, x, True))
+    state, _, x = _form(bound(model, extra), input_shape)
+    names = tuple(_shapes(bound(model, extra), *state, x, True))
 
     def measure(snapshot: Snapshot):
         x, y = _first_examples(snapshot, batch_size)
-        network = (model, snapshot.params, snapshot.batch_stats, x)
+        network = (bound(model, snapshot.hyper.extra), snapshot.params, snapshot.batch_stats, x)
         found = signals(*network)
         norms = gradients(*network, lambda outputs: loss(outputs, y)).intermediates
         measured = {
@@ -225,7 +240,7 @@ def signals(
     *,
     train: bool = True,
     saturation: float = 0.01,
-) -> dict[str, Signal]:
+) -> ByLayer:
     """The signals of a batch in every named intermediate.
 
     An entry is saturated if its derivative by the same entry of the intermediate named just before it is below
@@ -246,34 +261,40 @@ def signals(
       saturation: see above.
 
     Returns:
-      {name of the intermediate: `Signal`}, in the order of the model. (A `jax.jit` around it sorts the names.)
+      {name of the intermediate: `Signal`}, in the order of the model; it prints as a table.
 
     Raises:
       ValueError: for an x that the network does not take.
     """
-    model = as_model(model)
+    model, x = as_model(model), jnp.asarray(x)
     offsets = _offsets(model, params, batch_stats, x, train)
-
-    def show(offsets):
-        return _layers(model)(params, batch_stats, x, offsets, train=train)[1]
-
-    shown = show({})
-    saturated = _saturated(show, offsets, saturation)
-
-    found = {}
-    # One program for all of a shape: a deep network compiles in a fraction of the time.
-    for names in _by_shape(shown):
-        described = _describe(jnp.stack([shown[name] for name in names]))
-        for i, name in enumerate(names):
-            mean, spread_, dead, rank = (values[i] for values in described)
-            found[name] = Signal(mean, spread_, dead, saturated[name], rank)
-    return {name: found[name] for name in offsets}
+    return _signals(model.apply, model.layers, train, saturation)(params, batch_stats, x, offsets)
 
 
-@jax.jit
-@jax.vmap
+@functools.lru_cache(maxsize=16)
+def _signals(apply, layers, train, saturation):
+    """Compiled whole: eagerly, each operation would be compiled by itself."""
+
+    @jax.jit
+    def measure(params, batch_stats, x, offsets):
+        def show(offsets):
+            return (layers or tracing.layers(apply))(params, batch_stats, x, offsets, train=train)[1]
+
+        shown, saturated = _saturated(show, offsets, saturation)
+        found = {}
+        # One loop for all of a shape: a deep network compiles in a fraction of the time.
+        for names in _by_shape(shown):
+            described = jax.vmap(_describe)(jnp.stack([shown[name] for name in names]))
+            for i, name in enumerate(names):
+                mean, spread_, dead, rank = (values[i] for values in described)
+                found[name] = Signal(mean, spread_, dead, saturated[name], rank)
+        return ByLayer((name, found[name]) for name in offsets)
+
+    return measure
+
+
 def _describe(x):
-    """What `Signal` says, but for `saturated`. Compiled whole: eagerly, each of its 50 operations would be."""
+    """All that `Signal` says, but for `saturated`."""
     dead = (x == x[:1]).all(0).mean()
     return _mean(x), spread(x), dead, stable_rank(_centred(x))
 
@@ -287,7 +308,10 @@ def _by_shape(arrays):
 
 
 def _saturated(show, offsets, saturation):
-    """{name: fraction of entries with a slope below `saturation`, or NaN}, by derivatives along the offsets."""
+    """What is shown, and {name: fraction of entries with a slope below `saturation`, or NaN}.
+
+    By derivatives along the offsets.
+    """
     names = list(offsets)
     before = dict(zip(names[1:], names, strict=False))
     _, reached = tracing.dependent(
@@ -298,13 +322,14 @@ def _saturated(show, offsets, saturation):
         for i, name in enumerate(names[1:])
         if offsets[before[name]].shape == offsets[name].shape and i in reached[name]
     }
-    _, push = jax.linearize(show, offsets)
+    shown, push = jax.linearize(show, offsets)
     signs = {name: jax.random.rademacher(jax.random.key(0), o.shape, o.dtype) for name, o in offsets.items()}
     both = {name: jnp.stack([jnp.ones_like(sign), sign]) for name, sign in signs.items()}
 
     def fractions(k):
         """Along the k-th intermediate, in all that come after another of their shape."""
-        pushed = jax.vmap(push)({name: jnp.where(k == i, both[name], 0) for i, name in enumerate(names)})
+        along = ByLayer((name, jnp.where(k == i, both[name], 0)) for i, name in enumerate(names))
+        pushed = jax.vmap(push)(along)
         found = {}
         for group in _by_shape(like):
             slope, tested, sign = (
@@ -321,7 +346,7 @@ def _saturated(show, offsets, saturation):
     # One at a time: compiled once, in place of once for each.
     table = jax.lax.map(fractions, jnp.arange(len(names)))  # {of: [along]}
     unknown = jnp.float32(jnp.nan)
-    return {name: table[name][i - 1] if name in table else unknown for i, name in enumerate(names)}
+    return shown, {name: table[name][i - 1] if name in table else unknown for i, name in enumerate(names)}
 
 
 def gradients(
@@ -365,8 +390,8 @@ def gradients(
 
     to_offsets, to_matrices = jax.grad(loss_of, (0, 1))(offsets, matrices)
     return Gradients(
-        {name: _norm(to_offsets[name]) for name in offsets},
-        {name: _norm(to_matrices[name]) for name in matrices},
+        ByLayer((name, _norm(to_offsets[name])) for name in offsets),
+        ByLayer((name, _norm(to_matrices[name])) for name in matrices),
     )
 
 
@@ -456,7 +481,7 @@ def _layers(model):
 def _offsets(model, params, batch_stats, x, train):
     """A zero offset for every named intermediate, in the model's order."""
     shapes = _shapes(model, params, batch_stats, x, train)
-    return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
+    return ByLayer((name, jnp.zeros(shape.shape, shape.dtype)) for name, shape in shapes.items())
 
 
 def _shapes(model, params, batch_stats, x, train):

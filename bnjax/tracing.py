@@ -20,6 +20,7 @@ The kernels of such products are kernels as any other.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,7 @@ from jax.extend import core
 
 from bnjax import convolution
 from bnjax.dataflow import CALLS, Value, Walk, bodies_of
-from bnjax.types import ApplyFn, LayersFn, PyTree
+from bnjax.types import ApplyFn, LayersFn, PyTree, with_extra
 
 
 class Part(NamedTuple):
@@ -121,8 +122,9 @@ def read_examples(
 def layers(apply: ApplyFn) -> LayersFn:
     """The function that shows what `apply` computes, each part with an offset added (see the top of this module)."""
 
-    def shown(params, batch_stats, x, offsets, *, train):
-        closed = jax.make_jaxpr(functools.partial(apply, train=train))(params, batch_stats, x)
+    def shown(params, batch_stats, x, offsets, *, train, extra=MappingProxyType({})):
+        run = functools.partial(with_extra(apply, extra), train=train)
+        closed = jax.make_jaxpr(run)(params, batch_stats, x)
         parts = [part for part in _read(closed, params, batch_stats).parts if part.where]
         unknown = set(offsets) - {part.name for part in parts}
         if unknown:

@@ -14,7 +14,7 @@ have diverged; then no further step is taken. A probed run takes all its steps: 
 depend on the runs beside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -26,7 +26,21 @@ import optax
 
 from bnjax import choices, convolution, tracing
 from bnjax.networks import as_model
-from bnjax.types import Array, Dataset, History, Hyperparams, Model, Probe, PyTree, Snapshot, check_value
+from bnjax.types import (
+    Array,
+    Dataset,
+    History,
+    Hyperparams,
+    Model,
+    Probe,
+    PyTree,
+    Snapshot,
+    bound,
+    check_value,
+    range_of,
+    takes_extra,
+    with_extra,
+)
 
 TEST_BATCH = 1000  # examples evaluated at once, so that memory does not grow with the test split
 
@@ -183,7 +197,8 @@ def make_run(
         if callable(config.optimizer):
             return config.optimizer(hyper)
         x = jax.ShapeDtypeStruct((2, *ds.train_x.shape[1:]), ds.train_x.dtype)
-        kernels = tracing.read(own_apply, params, batch_stats, x, train=False).kernels
+        own = with_extra(own_apply, hyper.extra)
+        kernels = tracing.read(own, params, batch_stats, x, train=False).kernels
         decayed = jax.tree_util.tree_map_with_path(lambda path, _: tracing.name_of(path) in kernels, params)
         return OPTIMIZERS[config.optimizer](hyper, decayed)
 
@@ -197,13 +212,14 @@ def make_run(
 
     def start(hyper, ds):
         _check_shapes(ds, config)
-        for name, value in zip(Hyperparams._fields, hyper, strict=True):
+        for name, value in hyper.named().items():
             if not isinstance(value, jax.core.Tracer):
                 check_value(name, value)
         hyper = _as_32_bit(hyper)
-        drawn = model.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
+        network = bound(model, hyper.extra)
+        drawn = network.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
         opt_state = optimizer_of(hyper, *drawn, ds).init(drawn[0])
-        num_classes = jax.eval_shape(_outputs(model, drawn), ds.test_x[:1]).shape[-1]
+        num_classes = jax.eval_shape(_outputs(network, drawn), ds.test_x[:1]).shape[-1]
         guess = 1 / num_classes if jnp.issubdtype(ds.train_y.dtype, jnp.integer) else jnp.nan
         guessing = [jnp.full(num_evaluations, value, jnp.float32) for value in (jnp.inf, guess)]
         initial = None if probe is None else drawn
@@ -224,6 +240,7 @@ def make_run(
 
     def advance(state, hyper, ds, first, until):
         hyper = _as_32_bit(hyper)
+        network, loss_function = bound(model, hyper.extra), with_extra(config.loss_function, hyper.extra)
         optimizer = optimizer_of(hyper, state.params, state.batch_stats, ds)
         num_train = len(ds.train_x)
         steps_per_epoch = num_train // config.batch_size
@@ -238,8 +255,8 @@ def make_run(
             return jnp.asarray(ds.train_x)[chosen], jnp.asarray(ds.train_y)[chosen]
 
         def loss_fn(params, batch_stats, x, y):
-            outputs, batch_stats = model.apply(params, batch_stats, x, train=True)
-            loss, accuracy = _loss_and_accuracy(config, outputs, y)
+            outputs, batch_stats = network.apply(params, batch_stats, x, train=True)
+            loss, accuracy = _loss_and_accuracy(loss_function, outputs, y)
             return loss, (accuracy, batch_stats)
 
         def take_step(state, order, step):
@@ -260,7 +277,8 @@ def make_run(
             """The state with evaluation `number` after that step in its curves, if it is due."""
 
             def evaluate():
-                return _evaluate(model, config, state.params, state.batch_stats, ds), probed(state, hyper, ds)
+                tested = _evaluate(network, loss_function, state.params, state.batch_stats, ds)
+                return tested, probed(state, hyper, ds)
 
             test, measured = _row_if(due, evaluate, (state.curves[2:], state.measured))
             now = _diverged_step(state.diverged_step, test[0], step)
@@ -309,9 +327,9 @@ def _put(rows, number, values, where):
     return jax.tree.map(lambda a, v: a.at[number].set(jnp.where(where, v, a[number])), rows, values)
 
 
-def _loss_and_accuracy(config, outputs, targets):
+def _loss_and_accuracy(loss_function, outputs, targets):
     """The loss, and the fraction of labels that have the largest output; NaN for targets of floats."""
-    loss = config.loss_function(outputs, targets).astype(jnp.float32)
+    loss = loss_function(outputs, targets).astype(jnp.float32)
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         return loss, jnp.float32(jnp.nan)
     return loss, (outputs.argmax(-1) == targets).mean(dtype=jnp.float32)
@@ -335,21 +353,21 @@ def _diverged_step(before, loss, step):
 
 def _as_32_bit(hyper):
     """So that no 64-bit scalar, where these are on, widens the optimizer's state."""
-    seed, *others = hyper
-    return Hyperparams(jnp.asarray(seed).astype(jnp.uint32), *(jnp.asarray(v, jnp.float32) for v in others))
+    values = {name: jnp.asarray(value).astype(range_of(name).dtype) for name, value in hyper.named().items()}
+    return Hyperparams.from_named(values)
 
 
 def _outputs(model, variables):
     return lambda x: model.apply(*variables, x, train=False)[0]
 
 
-def _evaluate(model, config, params, batch_stats, ds):
+def _evaluate(model, loss_function, params, batch_stats, ds):
     """Loss and accuracy over the test split, in evaluation mode, a batch at a time."""
     x, y = jnp.asarray(ds.test_x), jnp.asarray(ds.test_y)
     outputs = _outputs(model, (params, batch_stats))
 
     def sums(x, y):
-        return jnp.stack(_loss_and_accuracy(config, outputs(x), y)) * len(x)
+        return jnp.stack(_loss_and_accuracy(loss_function, outputs(x), y)) * len(x)
 
     size = min(TEST_BATCH, len(x))
     whole = len(x) // size * size
@@ -360,11 +378,19 @@ def _evaluate(model, config, params, batch_stats, ds):
     return tuple(total / len(x))
 
 
-def check(model: Model, ds: Dataset, config: TrainConfig) -> None:
+def check(
+    model: Model, ds: Dataset, config: TrainConfig, extra: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Raises ValueError if the data does not fit itself, the batch size, the network or the loss; nothing is computed.
 
-    Or if the configuration's functions do not return a scalar loss or an optimizer.
+    Or if the configuration's functions do not return a scalar loss or an optimizer, or nothing takes `extra`.
     """
+    functions = (model.init, model.apply, config.loss_function)
+    if extra and not callable(config.optimizer) and not any(map(takes_extra, functions)):
+        raise ValueError(
+            f"extra has {list(extra)}, but neither the network's init or apply nor the loss takes `extra`"
+        )
+    model = bound(model, dict(extra))
     _check_shapes(ds, config)
     train, test = ds.train_x.shape[1:], ds.test_x.shape[1:]
     if train != test:
@@ -384,11 +410,11 @@ def check(model: Model, ds: Dataset, config: TrainConfig) -> None:
             raise ValueError(f"{split}_x must be floating point (or int32, of tokens), got {x.dtype}")
         _check_targets(split, y, shape[1], config)
     targets = jax.ShapeDtypeStruct((2, *ds.train_y.shape[1:]), ds.train_y.dtype)
-    loss = jax.eval_shape(config.loss_function, outputs, targets)
+    loss = jax.eval_shape(with_extra(config.loss_function, dict(extra)), outputs, targets)
     if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"loss must return a scalar, the mean over the batch; got {loss}")
     if callable(config.optimizer):
-        found = config.optimizer(Hyperparams())
+        found = config.optimizer(Hyperparams(extra=dict(extra)))
         if not isinstance(found, optax.GradientTransformation):
             raise ValueError(f"optimizer must return an optax transformation, got {type(found).__name__}")
 

@@ -3,6 +3,8 @@
 Axis letters, here and everywhere: N batch, C features, E evaluations, K classes.
 """
 
+import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -78,6 +80,39 @@ class Model(NamedTuple):
     layers: LayersFn | None = None
     config: Mapping[str, Any] = {}
 
+    def __repr__(self) -> str:
+        """In its own words."""
+        return f"Model({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
+
+
+def takes_extra(function: Callable) -> bool:
+    """Whether it has an argument `extra`."""
+    return "extra" in inspect.signature(function).parameters
+
+
+def with_extra(function: Callable, extra: Mapping[str, Any]) -> Callable:
+    """The function with that `extra`, if it takes it."""
+    return functools.partial(function, extra=extra) if takes_extra(function) else function
+
+
+def taking_extra(function: Callable, takes: bool) -> Callable:
+    """A function with an argument `extra`, or where it is not taken one without."""
+    if takes:
+        return function
+
+    def without(*args, **options):
+        return function(*args, **options, extra={})
+
+    return without
+
+
+def bound(model: Model, extra: Mapping[str, Any]) -> Model:
+    """The model with that `extra` in all its functions that take it."""
+    layers = model.layers and with_extra(model.layers, extra)
+    return model._replace(
+        init=with_extra(model.init, extra), apply=with_extra(model.apply, extra), layers=layers
+    )
+
 
 class Dataset(NamedTuple):
     """A data set in memory, as the network sees it."""
@@ -86,6 +121,11 @@ class Dataset(NamedTuple):
     train_y: Array  # [N] int32, 0 <= label < K; or targets [N, K] float32, for a loss that takes them
     test_x: Array  # [M, ...]
     test_y: Array  # [M], or [M, K]
+
+    def __repr__(self) -> str:
+        """Shapes and types."""
+        rows = [f"{n:8} {' x '.join(map(str, a.shape)):24} {a.dtype}" for n, a in self._asdict().items()]
+        return "\n  ".join(["Dataset", *rows])
 
 
 class Hyperparams(NamedTuple):
@@ -97,6 +137,8 @@ class Hyperparams(NamedTuple):
     momentum: the OPTIMIZER's momentum, in [0, 1): the decay of sgd's and rmsprop's velocity, and
         adam's b1. Not batch normalization's `momentum`, the weight of the old running statistics.
     weight_decay: the coefficient of decay, on weight matrices only (>= 0).
+    extra: scalars of one's own by name, such as {"dropout": 0.1}. A network's init and apply, a loss and a linen or NNX
+        `__call__` get them as `extra=`, if their signature has it; each may be an axis of a sweep.
     """
 
     seed: jax.Array | int = 0
@@ -104,6 +146,18 @@ class Hyperparams(NamedTuple):
     learning_rate: jax.Array | float = 0.1
     momentum: jax.Array | float = 0.9
     weight_decay: jax.Array | float = 0.0
+    extra: Mapping[str, jax.Array | float] = {}
+
+    def named(self) -> dict[str, Any]:
+        """All of them by name, those in `extra` too."""
+        *fields, extra = self
+        return dict(zip(RANGES, fields, strict=True)) | dict(extra)
+
+    @classmethod
+    def from_named(cls, values: Mapping[str, Any]) -> "Hyperparams":
+        """The inverse."""
+        fields = {name: value for name, value in values.items() if name in RANGES}
+        return cls(**fields, extra={name: value for name, value in values.items() if name not in RANGES})
 
 
 class Range(NamedTuple):
@@ -129,9 +183,17 @@ RANGES = MappingProxyType(
 )
 
 
+EXTRA = Range(np.dtype("float32"), -math.inf, False, math.inf, "a finite number in float32")
+
+
+def range_of(name: str) -> Range:
+    """Of a hyperparameter, or one of `Hyperparams.extra`."""
+    return RANGES.get(name, EXTRA)
+
+
 def check_value(name: str, value: Any) -> None:
     """Raises ValueError unless it is allowed for the hyperparameter of that name. It must not be traced."""
-    allowed, number = RANGES[name], np.asarray(value)
+    allowed, number = range_of(name), np.asarray(value)
     whole = allowed.dtype.kind == "u"
     kinds = (jnp.integer,) if whole else (jnp.integer, jnp.floating)
     if number.ndim == 0 and any(jnp.issubdtype(number.dtype, kind) for kind in kinds):

@@ -159,11 +159,27 @@ class TestSweep:
     def test_progress_is_shown_or_not(self, blobs, capsys):
         sweep(blobs, {"seed": [0]}, progress=True)
         captured = capsys.readouterr()
-        assert "1/1 cells" in captured.err
-        assert "0 diverged" in captured.err
+        first, *_, last = captured.err.splitlines()
+        assert first == "compiling the network ..."
+        assert last.startswith("1/1 cells, ")
+        assert ", 0 diverged, " in last
         assert captured.out == ""
         sweep(blobs, {"seed": [0]}, progress=False)
         assert capsys.readouterr() == ("", "")
+
+    def test_what_is_compiled_is_said_before_it_is(self, blobs, capsys, monkeypatch):
+        """Each network once, and nothing where all cells stand."""
+        said, fitted = [], program.Trainer.fitted
+
+        def spy(trainer, **options):
+            said.append(capsys.readouterr().err)
+            return fitted(trainer, **options)
+
+        monkeypatch.setattr(program.Trainer, "fitted", spy)
+        models = {name: bnjax.mlp((4,), 4, norm=name) for name in ("batch", "none")}
+        bnjax.sweep(models, blobs, CONFIG, {"seed": [0]}, progress=True)
+        assert said[:2] == ["compiling batch ...\n", "compiling none ...\n"]
+        assert "compiling" not in "".join(said[2:]) + capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("model", "change", "words"),

@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
 
 from bnjax import batch_norm
 from bnjax.interop import entries, functions
-from bnjax.types import BatchNormParams, BatchStats, Model, PyTree
+from bnjax.types import BatchNormParams, BatchStats, Model, PyTree, takes_extra, taking_extra
 
 COLLECTIONS = ("params", "batch_stats")
 RNG = "random numbers"  # the entry of the state that holds their key; no submodule can have this name
@@ -262,11 +262,14 @@ def as_model(
     """
     given = arguments or functions.arguments(type(module).__call__)
 
-    def call(function, *args, train, **options):
+    takes = takes_extra(type(module).__call__)
+
+    def call(function, *args, train, extra, **options):
+        own = {"extra": extra} if takes else {}
         try:
-            return function(*args, **given(train), **options)
+            return function(*args, **given(train), **own, **options)
         except InvalidRngError as error:
-            raise ValueError(
+            raise AsksForRandomNumbers(
                 f"{type(module).__name__} asks for random numbers in evaluation, too; turn dropout and the like off by "
                 f"arguments=lambda train: {{...}} ({error})"
             ) from error
@@ -278,30 +281,33 @@ def as_model(
                 "says what a module takes beside x: arguments=lambda train: {} if nothing"
             ) from error
 
-    def variables_of(key, input_shape):
+    def variables_of(key, input_shape, extra):
         errors = []
         for dtype in (jnp.float32, jnp.int32):  # tokens
             x = jnp.zeros((1, *input_shape), dtype)
             try:
-                return dict(call(module.init, key, x, train=False)), x
+                return dict(call(module.init, key, x, train=False, extra=extra)), x
             except (TypeError, ValueError) as error:
                 errors.append(error)
         raise errors[0]
 
     @functools.cache
-    def random(input_shape):
-        """Whether it asks for random numbers in training."""
-        variables, x = jax.eval_shape(lambda: variables_of(jax.random.key(0), input_shape))
+    def random(input_shape, names):
+        """Whether it asks for random numbers in training; `names` are those in `extra`."""
+        extra = dict.fromkeys(names, 0.5)  # of which that does not depend
+        variables, x = jax.eval_shape(lambda: variables_of(jax.random.key(0), input_shape, extra))
+
+        def apply(variables, x):
+            return call(module.apply, variables, x, train=True, extra=extra, mutable=["batch_stats"])
+
         try:
-            jax.eval_shape(
-                lambda v, x: module.apply(v, x, **given(True), mutable=["batch_stats"]), variables, x
-            )
-        except InvalidRngError:
+            jax.eval_shape(apply, variables, x)
+        except AsksForRandomNumbers:
             return True
         return False
 
-    def init(key, input_shape):
-        variables, _ = variables_of(key, input_shape)
+    def init(key, input_shape, *, extra):
+        variables, _ = variables_of(key, input_shape, extra)
         variables.pop("perturbations", None)
         variables.pop("intermediates", None)
         unknown = set(variables) - set(COLLECTIONS)
@@ -310,24 +316,30 @@ def as_model(
                 f"collections must be {' and '.join(COLLECTIONS)}, the module has {sorted(unknown)} too"
             )
         params, state = variables.get("params", {}), variables.get("batch_stats", {})
-        if random(tuple(input_shape)):
+        if random(tuple(input_shape), tuple(extra)):
             state = {**state, RNG: functions.dropout_key(key)}
         return params, state
 
-    def apply(params, batch_stats, x, *, train):
+    def apply(params, batch_stats, x, *, train, extra):
         variables = {"params": params, "batch_stats": {n: v for n, v in batch_stats.items() if n != RNG}}
         if not train:
-            return call(module.apply, variables, x, train=False), batch_stats
+            return call(module.apply, variables, x, train=False, extra=extra), batch_stats
         options, kept = {}, {}
         if RNG in batch_stats:
             kept[RNG], now = functions.next_keys(batch_stats[RNG])
             options["rngs"] = {"params": now}  # streams without a key of their own take that of "params"
-        outputs, new = call(module.apply, variables, x, train=True, mutable=["batch_stats"], **options)
+        options["mutable"] = ["batch_stats"]
+        outputs, new = call(module.apply, variables, x, train=True, extra=extra, **options)
         return outputs, {**new.get("batch_stats", variables["batch_stats"]), **kept}
 
     if config is None:
         config = functions.in_words(scaled, model="flax", module=_description(module))
+    init, apply = (taking_extra(function, takes) for function in (init, apply))
     return functions.as_model(init, apply, scaled=scaled, config=config)
+
+
+class AsksForRandomNumbers(ValueError):
+    """A module that needs a key where there is none."""
 
 
 def _description(value):

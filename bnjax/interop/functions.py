@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bnjax import tracing
-from bnjax.types import ApplyFn, Model, PyTree
+from bnjax.types import ApplyFn, Model, PyTree, takes_extra, taking_extra, with_extra
 
 DROPOUT = 0x64726F70  # folded into the key of the initialization: no number that a split of it has
 
@@ -55,28 +55,31 @@ def as_model(
     """
 
     @functools.cache
-    def chosen(input_shape):
-        """The names of what is scaled, and what to say where nothing is."""
+    def chosen(input_shape, names):
+        """The names of what is scaled, and what to say where nothing is; `names` are those in `extra`."""
+        extra = dict.fromkeys(names, 0.5)  # of which no name depends
+        draw, run = with_extra(init, extra), with_extra(apply, extra)
         try:
-            params, batch_stats = jax.eval_shape(lambda: init(jax.random.key(0), input_shape))
+            params, batch_stats = jax.eval_shape(lambda: draw(jax.random.key(0), input_shape))
         except TypeError as error:
             raise ValueError(
                 f"the network cannot be drawn for examples of shape {input_shape}: {error}"
             ) from error
-        reading, _ = tracing.read_examples(apply, params, batch_stats, input_shape)
+        reading, _ = tracing.read_examples(run, params, batch_stats, input_shape)
         return _chosen(reading, tracing.names(params), scaled), nothing_scaled(reading)
 
-    def scaled_init(key, input_shape, init_scale=1.0):
-        names, nothing = chosen(tuple(input_shape))
+    def scaled_init(key, input_shape, init_scale=1.0, *, extra):
+        names, nothing = chosen(tuple(input_shape), tuple(extra))
         if not names and not isinstance(init_scale, jax.core.Tracer) and init_scale != 1:
             raise ValueError(f"init_scale={init_scale} has nothing to multiply: {nothing}")
-        params, batch_stats = init(key, input_shape)
+        params, batch_stats = with_extra(init, extra)(key, input_shape)
 
         def leaf(path, value):
             return value * jnp.asarray(init_scale, value.dtype) if tracing.name_of(path) in names else value
 
         return jax.tree_util.tree_map_with_path(leaf, params), batch_stats
 
+    scaled_init = taking_extra(scaled_init, takes_extra(init) or takes_extra(apply))
     return Model(scaled_init, apply, tracing.layers(apply), config)
 
 

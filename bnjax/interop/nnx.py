@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from bnjax.interop import functions
 from bnjax.interop.flax import apply, check_options, feature_axes
-from bnjax.types import BatchNormParams, Model
+from bnjax.types import BatchNormParams, Model, takes_extra, taking_extra
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -100,18 +100,20 @@ def as_model(
     def init(key, input_shape):
         return drawn[1:] if single else split(network(nnx.Rngs(key)))[1:]
 
-    def run(params, batch_stats, x, *, train):
+    def run(params, batch_stats, x, *, train, extra):
         graph, *states = nnx.split(form(), nnx.Param, ...)
         for state, values in zip(states, (params, batch_stats), strict=True):
             values = jax.tree.map(_used, nnx.to_pure_dict(state), values)
             nnx.replace_by_pure_dict(state, values)
         net = nnx.merge(graph, *states, copy=True)
         (net.train if train else net.eval)()
-        outputs = net(x, **(arguments or functions.arguments(type(net).__call__))(train))
+        own = {"extra": extra} if takes_extra(type(net).__call__) else {}
+        outputs = net(x, **(arguments or functions.arguments(type(net).__call__))(train), **own)
         return outputs, split(net)[2] if train else batch_stats
 
     if config is None:
         config = functions.in_words(scaled, model="nnx", **{"class": type(form()).__qualname__})
+    run = taking_extra(run, takes_extra(type(form()).__call__))
     return functions.as_model(init, run, scaled=scaled, config=config)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bnjax import choices
-from bnjax.types import RANGES, Hyperparams, check_value
+from bnjax.types import RANGES, Hyperparams, check_value, range_of
 
 
 def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
@@ -16,11 +16,16 @@ def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
       ValueError: for an unknown axis, an axis that is empty or has equal values (in the precision of the
         compiled program), or a value out of range.
     """
-    for name, value in hyper._asdict().items():
+    for name in hyper.extra:
+        if not isinstance(name, str) or not name.isidentifier() or name in RANGES:
+            raise ValueError(
+                f"extra takes names that no hyperparameter has, as Python's variables have; got {name!r}"
+            )
+    for name, value in hyper.named().items():
         check_value(name, value)
     result = {}
     for name, values in axes.items():
-        choices.check("axis", name, Hyperparams._fields)
+        choices.check("axis", name, hyper.named())
         if not isinstance(values, Iterable):
             raise ValueError(f"axis {name} takes a list of values, got {values!r}")
         values = list(values)
@@ -28,7 +33,7 @@ def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
             raise ValueError(f"axis {name} is empty")
         for value in values:
             check_value(name, value)
-        used, counts = np.unique(np.asarray(values).astype(RANGES[name].dtype), return_counts=True)
+        used, counts = np.unique(np.asarray(values).astype(range_of(name).dtype), return_counts=True)
         if (counts > 1).any():
             raise ValueError(
                 f"axis {name} has duplicate values: {', '.join(f'{v:g}' for v in used[counts > 1])}"
@@ -41,10 +46,10 @@ def cells(axes: Mapping[str, np.ndarray], hyper: Hyperparams) -> Hyperparams:
     """One entry per cell, [cells] in each field, the last axis fastest; what is no axis keeps its value in `hyper`."""
     shape = tuple(len(values) for values in axes.values())
     mesh = dict(zip(axes, np.meshgrid(*axes.values(), indexing="ij"), strict=True))
-    return Hyperparams(
-        **{
-            name: np.broadcast_to(mesh.get(name, value), shape).reshape(-1).astype(RANGES[name].dtype)
-            for name, value in hyper._asdict().items()
+    return Hyperparams.from_named(
+        {
+            name: np.broadcast_to(mesh.get(name, value), shape).reshape(-1).astype(range_of(name).dtype)
+            for name, value in hyper.named().items()
         }
     )
 
@@ -52,10 +57,11 @@ def cells(axes: Mapping[str, np.ndarray], hyper: Hyperparams) -> Hyperparams:
 def positions(axes: Mapping[str, np.ndarray], hyper: Hyperparams, wanted: Hyperparams) -> np.ndarray:
     """Where cells (in the precision of the compiled program) are in the order of `cells`; -1: nowhere. [wanted]."""
     place, inside = np.zeros(len(wanted.seed), np.int64), np.ones(len(wanted.seed), bool)
-    for name in [*axes, *(set(Hyperparams._fields) - {*axes})]:
-        used = np.atleast_1d(axes.get(name, getattr(hyper, name))).astype(RANGES[name].dtype)
+    values, wanted = hyper.named(), wanted.named()
+    for name in [*axes, *(set(values) - {*axes})]:
+        used = np.atleast_1d(axes.get(name, values[name])).astype(range_of(name).dtype)
         order = np.argsort(used)
-        at = order[np.minimum(np.searchsorted(used[order], getattr(wanted, name)), len(used) - 1)]
-        inside &= used[at] == getattr(wanted, name)
+        at = order[np.minimum(np.searchsorted(used[order], wanted[name]), len(used) - 1)]
+        inside &= used[at] == wanted[name]
         place = place * len(used) + at
     return np.where(inside, place, -1)

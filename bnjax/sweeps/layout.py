@@ -14,7 +14,7 @@ import xarray as xr
 from bnjax import export
 from bnjax.export import Damaged
 from bnjax.sweeps import grid
-from bnjax.types import Hyperparams
+from bnjax.types import RANGES, Hyperparams
 
 IDENTITY = re.compile(r"[0-9a-f]+(\.[1-9][0-9]{0,9}){1,2}")  # with a width (once also with a segment)
 
@@ -37,11 +37,12 @@ class Layout:
     further: Mapping[str, Sequence]  # the coordinates of the other dimensions
     variables: Mapping[str, Variable]
     attributes: Mapping[str, Any]
+    static: Mapping[str, list] = dataclasses.field(default_factory=dict)  # axes whose product the models are
 
     @property
     def hyper(self) -> Hyperparams:
         """The values of what is not swept."""
-        return Hyperparams(**self.attributes["hyper"])
+        return _hyper(self.axes, self.attributes)
 
     @property
     def cells(self) -> Hyperparams:
@@ -90,10 +91,12 @@ class Layout:
         given = json.loads(body)
         given["models"] = {name: tuple(ids) for name, ids in given["models"].items()}
         given["variables"] = {name: Variable(*v) for name, v in given["variables"].items()}
-        given["axes"] = grid.check(given["axes"], Hyperparams(**given["attributes"]["hyper"]))
+        given["axes"] = grid.check(given["axes"], _hyper(given["axes"], given["attributes"]))
         found = cls(**given)
         if any(np.dtype(v.dtype).kind not in "bifu" for v in found.variables.values()):
             raise ValueError("the type of a variable")
+        if found.static and math.prod(map(len, found.static.values())) != len(found.models):
+            raise ValueError("its axes of networks")
         if not all([found.models, *found.models.values(), *map(IDENTITY.fullmatch, found.identities)]):
             raise ValueError("its models")
         _ = View(found).dataset()
@@ -104,7 +107,8 @@ class View:
     """The values of a grid's cells, as far as they are known: {variable: [models, cells, ...]}, `done` among them."""
 
     def __init__(self, layout: Layout):
-        self.layout, models = layout, {"model": [*layout.models]} if layout.labelled else {}
+        models = layout.static or ({"model": [*layout.models]} if layout.labelled else {})
+        self.layout = layout
         self._coordinates = models | {**layout.axes, **layout.further}
         dims, count = (*models, *layout.axes), math.prod(len(values) for values in layout.axes.values())
         done = Variable((), "bool", {"long_name": "whether the cell is done"})
@@ -140,6 +144,11 @@ class View:
         attributes = {**self.layout.attributes, "identity": identities}
         found = xr.Dataset(self._variables, coordinates, attributes)
         return found.drop_vars("done") if self.done.all() else found
+
+
+def _hyper(axes, attributes):
+    """The hyperparameters that are not swept; those of `extra` that are have some value."""
+    return Hyperparams.from_named({name: 0.0 for name in axes if name not in RANGES} | attributes["hyper"])
 
 
 def parsed(identity: str) -> tuple[str, int]:

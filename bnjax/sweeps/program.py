@@ -6,6 +6,7 @@
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bnjax.sweeps.plan import memory, segment_of, width_of
 from bnjax.training import RunState, TrainConfig, check, make_run, make_train
-from bnjax.types import RANGES, ApplyFn, Dataset, Hyperparams, InitFn, Model, Probe
+from bnjax.types import RANGES, ApplyFn, Dataset, Hyperparams, InitFn, Model, Probe, bound, range_of
 
 # LLVM's levels above 1 took 1.5 to 1.8 times the compile time, and gave programs of the same speed
 # (0.96 to 1.05 times, five networks; products and sums are library calls).
@@ -64,6 +65,7 @@ class Trainer(NamedTuple):
     probe: Probe | None
     devices: tuple[jax.Device, ...]  # each runs `width` cells at a time
     width: int  # cells vmapped together on one device
+    extra: tuple[str, ...] = ()  # the names in `Hyperparams.extra`
     asked: int | None = None  # for the segment
     narrowed: str | None = None  # why the width is less than it was meant to be
 
@@ -75,7 +77,8 @@ class Trainer(NamedTuple):
     @property
     def segment(self) -> int:
         """Most steps in one call of the compiled program."""
-        return self.asked or segment_of(self.model, self.ds, self.config, self.width, self.devices[0])
+        model = bound(self.model, dict.fromkeys(self.extra, 0.5))
+        return self.asked or segment_of(model, self.ds, self.config, self.width, self.devices[0])
 
     @property
     def programs(self) -> tuple[Callable[..., RunState], Callable[..., RunState]]:
@@ -91,7 +94,7 @@ class Trainer(NamedTuple):
     def text(self) -> str:
         """A digest of the program of ONE cell as the compiler is given it; not of places in the source."""
         shapes = Dataset(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.ds))
-        return _text(self.model.init, self.model.apply, self.config, self.probe, shapes)
+        return _text(self.model.init, self.model.apply, self.config, self.probe, self.extra, shapes)
 
     def fitted(self, *, may_change: bool) -> "Trainer":
         """The same at its width, or the widest narrower one whose program fits into the devices' memory.
@@ -125,6 +128,7 @@ def trainers(
     width: int | None = None,
     segment: int | None = None,
     devices: Sequence[jax.Device] | None = None,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Trainer]:
     """One for each network, on the same devices, which share the data. Nothing is compiled yet.
 
@@ -135,10 +139,19 @@ def trainers(
     if not devices:
         raise ValueError("devices must be at least one (None: all local ones), got an empty list")
     for one in models.values():
-        check(one, ds, config)
+        check(one, ds, config, extra)
     ds = jax.device_put(ds, NamedSharding(Mesh(np.asarray(devices), ("cells",)), PartitionSpec()))
     return {
-        name: Trainer(one, ds, config, probes[name], devices, width or width_of(one, ds, devices[0]), segment)
+        name: Trainer(
+            one,
+            ds,
+            config,
+            probes[name],
+            devices,
+            width or width_of(bound(one, extra), ds, devices[0]),
+            (*extra,),
+            segment,
+        )
         for name, one in models.items()
     }
 
@@ -146,12 +159,12 @@ def trainers(
 def memory_needed(trainer: Trainer) -> int:
     """Bytes on all devices together that the largest program takes at that width, by the compiler's count."""
     shapes = Dataset(*(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in trainer.ds))
-    return len(trainer.devices) * _memory_needed(*trainer.programs, trainer.group, shapes)
+    return len(trainer.devices) * _memory_needed(*trainer.programs, trainer.group, trainer.extra, shapes)
 
 
 @functools.lru_cache(maxsize=16)  # the compiler takes some 50 ms to answer
-def _memory_needed(start, advance, group, ds):
-    cells, state = _shapes(start, group, ds)
+def _memory_needed(start, advance, group, extra, ds):
+    cells, state = _shapes(start, group, extra, ds)
     split = NamedSharding(ds.train_x.sharding.mesh, PartitionSpec("cells"))
     state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=split), state)
     found = advance.lower(state, cells, ds, np.int32(0), np.int32(1)).compile().memory_analysis()
@@ -198,7 +211,9 @@ def packed(state: RunState, count: int) -> dict[str, np.ndarray]:
 
 def unpacked(trainer: Trainer, arrays: Mapping[str, np.ndarray]) -> RunState:
     """The inverse. Raises an error if it is none."""
-    shapes, structure = jax.tree.flatten(_shapes(trainer.programs[0], trainer.group, trainer.ds)[1])
+    shapes, structure = jax.tree.flatten(
+        _shapes(trainer.programs[0], trainer.group, trainer.extra, trainer.ds)[1]
+    )
     leaves = [arrays[f"leaf {i}"] for i in range(len(arrays))]
     forms = ([(a.dtype, a.shape[1:]) for a in several] for several in (leaves, shapes))
     state = jax.tree.unflatten(structure, leaves)
@@ -207,15 +222,17 @@ def unpacked(trainer: Trainer, arrays: Mapping[str, np.ndarray]) -> RunState:
     return state
 
 
-def _shapes(start, group, ds):
+def _shapes(start, group, extra, ds):
     """(cells, state) of a group."""
-    cells = Hyperparams(*(np.zeros(group, one.dtype) for one in RANGES.values()))
+    cells = Hyperparams.from_named({n: np.zeros(group, range_of(n).dtype) for n in (*RANGES, *extra)})
     return cells, start.eval_shape(cells, ds)
 
 
 @functools.lru_cache(maxsize=16)
-def _text(init, apply, config, probe, shapes):
-    hyper = Hyperparams(*(jax.ShapeDtypeStruct((), one.dtype) for one in RANGES.values()))
+def _text(init, apply, config, probe, extra, shapes):
+    hyper = Hyperparams.from_named(
+        {name: jax.ShapeDtypeStruct((), range_of(name).dtype) for name in (*RANGES, *extra)}
+    )
     lowered = jax.jit(make_train(Model(init, apply), config, probe)).lower(hyper, shapes)
     return hashlib.blake2b(lowered.as_text().encode(), digest_size=16).hexdigest()
 

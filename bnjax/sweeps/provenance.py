@@ -39,8 +39,8 @@ def describe(
     """
     found = {
         "models": {name: dict(model.config) for name, model in models.items()},
-        "config": {name: _in_words(value) for name, value in dataclasses.asdict(config).items()},
-        "hyper": {name: np.asarray(v).item() for name, v in hyper._asdict().items() if name not in axes},
+        "config": {one.name: _in_words(getattr(config, one.name)) for one in dataclasses.fields(config)},
+        "hyper": {name: np.asarray(v).item() for name, v in hyper.named().items() if name not in axes},
         "versions": versions(),
         "device": _kind(device),
         "kernels": kernels,
@@ -75,7 +75,9 @@ def fingerprint(ds: Dataset) -> str:
 
 
 def _in_words(value):
-    """A function's name; what it computes is part of the identity."""
+    """A function's name; what it computes is part of the identity. Numbers of NumPy as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
     return getattr(value, "__qualname__", type(value).__qualname__) if callable(value) else value
 
 

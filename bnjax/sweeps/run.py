@@ -25,11 +25,12 @@ from bnjax import choices, compilation, probes
 from bnjax import export as plain
 from bnjax.networks import as_model, describe, drawn_anew, is_network
 from bnjax.sweeps import grid, program, provenance, store
+from bnjax.sweeps import static as static_axes
 from bnjax.sweeps.files import HOST, Memory, PathLike, files_at
 from bnjax.sweeps.layout import Layout, Variable, parsed
 from bnjax.sweeps.progress import Progress
 from bnjax.training import TrainConfig
-from bnjax.types import Dataset, Hyperparams, Probe
+from bnjax.types import Dataset, Hyperparams, Model, Probe
 
 Value = TypeVar("Value")
 
@@ -57,7 +58,7 @@ def sweep(
     axes: Mapping[str, Iterable],
     *,
     hyper: Hyperparams = Hyperparams(),  # noqa: B008 (immutable)
-    probe: Probe | Mapping[str, Probe] | None = None,
+    probe: Probe | Mapping[str, Probe] | Callable[[Model], Probe] | None = None,
     path: PathLike | None = None,
     overwrite: bool = False,
     allow_changed: Sequence[str] = (),
@@ -83,14 +84,16 @@ def sweep(
     Args:
       model: a network, or {name: network}; the latter adds the labelled dimension "model". A network is whatever
         `bnjax.as_model` takes. One that stands for its own single draw is drawn anew for each seed if its class needs
-        no more than the seed.
+        no more than the seed. Or a function that makes a network: axes that are its keywords, whose values are numbers
+        or strings, become dimensions like the others (before these). Each combination is compiled by itself.
       ds: the data, standardized as the networks shall see it.
       config: what is the same for all cells.
-      axes: {field of `Hyperparams`: values}, in the order of the result's dimensions.
+      axes: {field of `Hyperparams`, name in its `extra` or keyword of the function that makes the network: values}, in
+        the order of the result's dimensions. A keyword with the name of a hyperparameter is "model.momentum".
       hyper: the values of the hyperparameters that are not swept.
       probe: measures each run before its first step and at each evaluation (`bnjax.Probe`); several models may have
-        one each, {name: probe}, of the same quantities and layers. The compiled program is kept for the probe
-        itself: pass the same one again to compile nothing.
+        one each, {name: probe} or a function of the model, of the same quantities and layers. The compiled program
+        is kept for the probe itself: pass the same one again to compile nothing.
       path: where the results are kept: a local folder, a URL or a store of obstore. None: in memory.
       overwrite: if other results stand at `path`, begin beside them: they count until the new ones are complete, and
         are removed then. What was begun so is continued by the same call.
@@ -132,6 +135,10 @@ def sweep(
     number = isinstance(checkpoint_minutes, numbers.Real) and not isinstance(checkpoint_minutes, bool)
     if not (number and checkpoint_minutes >= 0):
         raise ValueError(f"checkpoint_minutes must be a number of at least 0, got {checkpoint_minutes!r}")
+    static = {}
+    if callable(model) and not is_network(model):
+        static, axes = static_axes.split(model, axes, hyper)
+        model = static_axes.networks(model, static) if static else model()
     models = _models(model, "seed" in axes)
     if not models:
         raise ValueError("model is an empty mapping")
@@ -145,35 +152,38 @@ def sweep(
     for change in allow_changed:
         choices.check("allowed change", change, store.CHANGES)
     probe_of = _probes(probe, models)
-    trainers = program.trainers(models, ds, config, probe_of, width=width, segment=segment, devices=devices)
-    variables, further = _variables(probe_of, models, ds, config, coords)
-    kernels = _kernels(models, ds, config, coords, hyper)
-    device, fingerprint = next(iter(trainers.values())).devices[0], provenance.fingerprint(ds)
-    attributes = provenance.describe(
-        models, config, coords, hyper, device, fingerprint, about or {}, kernels=kernels
-    )
-    bases = {name: str(i) for i, name in enumerate(models)}
-    if path is not None:
-        compilation.use_cache()
-        bases = {n: provenance.identity(one.text(), fingerprint, device) for n, one in trainers.items()}
-
-    def asked(there, fit):
-        """The layout, at the width that is given, or those of the identities there; if `fit`, that fit."""
-        # Of several at which a network is there the first is its own.
-        stored, found = dict(map(parsed, reversed(list(there)))), {}
-        for name, one in trainers.items():
-            base = bases[name]
-            one = one._replace(width=width or stored.get(base, one.width))
-            if fit and stored.get(base) != one.width:
-                one = one.fitted(may_change=width is None and base not in stored)
-            found[name] = one
-        ids = {name: (f"{bases[name]}.{one.width}",) for name, one in found.items()}
-        planned = attributes | {"plan": {name: one.plan for name, one in found.items()}}
-        return Layout(ids, isinstance(model, Mapping), coords, further, variables, planned)
-
     seconds = 60.0 * checkpoint_minutes if path is not None else math.inf
     index, count = jax.process_index(), jax.process_count()
     with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(Progress(enabled=progress))
+        trainers = program.trainers(
+            models, ds, config, probe_of, width=width, segment=segment, devices=devices, extra=hyper.extra
+        )
+        variables, further = _variables(probe_of, models, ds, config, [*static, *coords], hyper.extra)
+        kernels = _kernels(models, ds, config, coords, hyper)
+        device, fingerprint = next(iter(trainers.values())).devices[0], provenance.fingerprint(ds)
+        attributes = provenance.describe(
+            models, config, coords, hyper, device, fingerprint, about or {}, kernels=kernels
+        )
+        bases = {name: str(i) for i, name in enumerate(models)}
+        if path is not None:
+            compilation.use_cache()
+            bases = {n: provenance.identity(one.text(), fingerprint, device) for n, one in trainers.items()}
+
+        def asked(there, fit):
+            """The layout, at the width that is given, or those of the identities there; if `fit`, that fit."""
+            # Of several at which a network is there the first is its own.
+            stored, found = dict(map(parsed, reversed(list(there)))), {}
+            for name, one in trainers.items():
+                base = bases[name]
+                one = one._replace(width=width or stored.get(base, one.width))
+                if fit and stored.get(base) != one.width:
+                    bar.compiling(name)
+                    one = one.fitted(may_change=width is None and base not in stored)
+                found[name] = one
+            ids = {name: (f"{bases[name]}.{one.width}",) for name, one in found.items()}
+            planned = attributes | {"plan": {name: one.plan for name, one in found.items()}}
+            return Layout(ids, isinstance(model, Mapping), coords, further, variables, planned, static)
 
         def opened():
             if index > 0:
@@ -196,10 +206,11 @@ def sweep(
             todo = {name: share(name, trainer) for name, trainer in trainers.items()}
             left = sum(len(places) for groups in todo.values() for places, *_ in groups)
             total = results.done.size if count == 1 else left  # of several processes each shows its share
-            with Progress(total, done=total - left, enabled=progress and left > 0) as bar:
-                for name in [name for name, groups in todo.items() if groups]:
-                    trainer = trainers[name].fitted(may_change=False)
-                    _train(results, name, trainer, todo[name], seconds, bar.count)
+            bar.begin(total, total - left)
+            for name in [name for name, groups in todo.items() if groups]:
+                bar.compiling(name)
+                trainer = trainers[name].fitted(may_change=False)
+                _train(results, name, trainer, todo[name], seconds, bar.count)
             return None, ""
 
         _together(train)
@@ -317,7 +328,7 @@ def _models(model, redraw):
 
 def _kernels(models, ds, config, coords, hyper):
     """{network: what of it is scaled, decayed and not seen}, after checking that seeds and scales change something."""
-    found = {name: describe(one, ds.train_x.shape[1:]) for name, one in models.items()}
+    found = {name: describe(one, ds.train_x.shape[1:], extra=hyper.extra) for name, one in models.items()}
     for name, one in found.items():
         network = f"the network {name!r}" if name else "the network"
         if len(coords.get("seed", ())) > 1 and not one.names("drawn"):
@@ -339,6 +350,8 @@ def _kernels(models, ds, config, coords, hyper):
 
 def _probes(probe, models):
     """{model: its probe or None}."""
+    if callable(probe):
+        probe = {name: probe(model) for name, model in models.items()}
     found = dict(probe) if isinstance(probe, Mapping) else dict.fromkeys(models, probe)
     if {*found} != {*models}:
         names = (
@@ -356,9 +369,11 @@ def _layers(names):
     return found
 
 
-def _variables(probe_of, models, ds, config, coords):
-    """(the results' variables, the coordinates beside the model and the axes), checked."""
+def _variables(probe_of, models, ds, config, names, extra):
+    """(the results' variables, the coordinates beside the model and the axes of those names), checked."""
     variables, further = dict(VARIABLES), {"step": config.eval_steps}
+    if clash := {*names} & {*variables, "model", "step", "probe_step", "layer", "done"}:
+        raise ValueError(f"axes must not have the names {sorted(clash)}, which results have anyway")
     kind = {"cross_entropy": " (cross-entropy, nats)", "squared": " (squared, mean over outputs)"}.get(
         config.loss, ""
     )
@@ -368,8 +383,10 @@ def _variables(probe_of, models, ds, config, coords):
         )
     if not np.issubdtype(ds.train_y.dtype, np.integer):
         del variables["train_accuracy"], variables["test_accuracy"]
-    taken = {*variables, *coords, "model", "step", "probe_step", "layer", "done", "bnjax", "zarr.json"}
-    measured = [one and (one.layers, _measured(one, models[name], ds)) for name, one in probe_of.items()]
+    taken = {*variables, *names, "model", "step", "probe_step", "layer", "done", "bnjax", "zarr.json"}
+    measured = [
+        one and (one.layers, _measured(one, models[name], ds, extra)) for name, one in probe_of.items()
+    ]
     if any(other != measured[0] for other in measured):
         raise ValueError(
             f"all models' probes must measure the same quantities in the same layers, got {measured}"
@@ -386,7 +403,7 @@ def _variables(probe_of, models, ds, config, coords):
     return variables, further
 
 
-def _measured(probe, model, ds):
+def _measured(probe, model, ds, extra):
     """{quantity: (shape, type)}."""
 
     def measure(snapshot):
@@ -395,5 +412,5 @@ def _measured(probe, model, ds):
             choices.check_name("a probe's quantity", quantity)
         return found
 
-    found = probes.shapes(probe._replace(measure=measure), model, ds)
+    found = probes.shapes(probe._replace(measure=measure), model, ds, extra)
     return {q: (v.shape, v.dtype.name) for q, v in found.items()}

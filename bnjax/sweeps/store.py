@@ -31,7 +31,7 @@ from bnjax.sweeps.layout import IDENTITY, Layout, View, digest, parsed
 from bnjax.sweeps.program import in_groups
 from bnjax.sweeps.provenance import differences
 from bnjax.training import RunState
-from bnjax.types import Hyperparams
+from bnjax.types import RANGES, Hyperparams
 
 log = logging.getLogger("bnjax")
 
@@ -48,7 +48,7 @@ def pack(identity: str, cells: Hyperparams, arrays: Mapping[str, np.ndarray], *,
     """A part, or the state of a group: its content."""
     text = io.BytesIO()
     save = np.savez_compressed if compress else np.savez
-    save(text, identity=np.array(identity), **{f"cell {n}": v for n, v in cells._asdict().items()}, **arrays)
+    save(text, identity=np.array(identity), **{f"cell {n}": v for n, v in cells.named().items()}, **arrays)
     return text.getvalue()
 
 
@@ -59,8 +59,13 @@ def unpack(name: str, data: bytes) -> tuple[str, Hyperparams, dict[str, np.ndarr
         raise Damaged("is not what was stored")
     with np.load(io.BytesIO(data), allow_pickle=False) as found:
         arrays = dict(found)
-    cells = Hyperparams(*(arrays.pop(f"cell {field}") for field in Hyperparams._fields))
-    if str(arrays.pop("identity")) != identity or {a.shape for a in cells} != {(len(cells.seed),)}:
+    fields = {name.removeprefix("cell "): arrays.pop(name) for name in [*arrays] if name.startswith("cell ")}
+    cells = Hyperparams.from_named(fields)
+    if (
+        str(arrays.pop("identity")) != identity
+        or not {*RANGES} <= {*fields}
+        or {a.shape for a in fields.values()} != {(len(cells.seed),)}
+    ):
         raise Damaged("is of another sweep")
     return identity, cells, arrays
 

@@ -1,0 +1,180 @@
+"""Scalars of one's own, `Hyperparams.extra`: traced axes of a sweep, in networks, losses and optimizers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import bnjax
+from bnjax import probes, training
+from bnjax.sweeps import program
+
+CONFIG = bnjax.TrainConfig(steps=3, batch_size=32, eval_every=3)
+
+
+def init(key, input_shape):
+    keys = jax.random.split(key)
+    return {"a": jax.random.normal(keys[0], (12, 8)) / 3, "b": jax.random.normal(keys[1], (8, 4)) / 3}
+
+
+def apply(params, x, extra):
+    return jnp.tanh(extra["gain"] * x @ params["a"]) @ params["b"]
+
+
+def hyper(**extra):
+    return bnjax.Hyperparams(extra=extra)
+
+
+def sweep(network, blobs, axes, config=CONFIG, **options):
+    return bnjax.sweep(network, blobs, config, axes, progress=False, **options)
+
+
+def test_an_axis_of_a_network(blobs, monkeypatch):
+    """Each value gives what the network with that constant does, by one compiled program; names are dimensions."""
+    calls, compiled = [], program.compiled
+    monkeypatch.setattr(program, "compiled", lambda *args: calls.append(args) or compiled(*args))
+    compiled.cache_clear()
+    found = sweep((init, apply), blobs, {"gain": [0.5, 2.0], "seed": [0, 1]}, hyper=hyper(gain=1.0))
+    assert compiled.cache_info().currsize == 1
+    assert found.test_loss.dims == ("gain", "seed", "step")
+    for gain in (0.5, 2.0):
+        constant = (init, lambda params, x, gain=gain: apply(params, x, {"gain": gain}))
+        expected = sweep(constant, blobs, {"seed": [0, 1]})
+        np.testing.assert_allclose(found.test_loss.sel(gain=gain), expected.test_loss, rtol=1e-5)
+
+
+def test_a_value_that_is_not_swept_is_kept_with_the_results(blobs, tmp_path):
+    """A larger grid continues, another value is another grid."""
+    path = tmp_path / "results"
+    first = sweep((init, apply), blobs, {"gain": [0.5]}, hyper=hyper(gain=1.0), path=path)
+    more = sweep((init, apply), blobs, {"gain": [0.5, 2.0]}, hyper=hyper(gain=1.0), path=path)
+    np.testing.assert_array_equal(more.test_loss.sel(gain=[0.5]), first.test_loss)
+    assert bnjax.load_results(path).identical(more)
+    fixed = sweep((init, apply), blobs, {"seed": [0]}, hyper=hyper(gain=2.0))
+    assert fixed.attrs["hyper"]["gain"] == 2.0
+    np.testing.assert_allclose(fixed.test_loss[0], more.test_loss.sel(gain=2.0), rtol=1e-6)
+
+
+class Noisy(nn.Module):
+    @nn.compact
+    def __call__(self, x, train, extra):
+        x = nn.relu(nn.Dense(8)(x))
+        if train:
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - extra["dropout"], x.shape)
+            x = x * kept / (1 - extra["dropout"])
+        return nn.Dense(4)(x)
+
+
+class Gained(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden, self.output = nnx.Linear(12, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, x, extra):
+        return self.output(nnx.relu(extra["gain"] * self.hidden(x)))
+
+
+@pytest.mark.slow
+def test_networks_of_flax(blobs):
+    found = sweep(Noisy(), blobs, {"dropout": [0.0, 0.5], "seed": [0, 1]}, hyper=hyper(dropout=0.1))
+    assert (found.train_loss.sel(dropout=0.0) < found.train_loss.sel(dropout=0.5)).all()
+    assert found.attrs["kernels"][""]["scaled"] == ["Dense_0/kernel"]
+    found = sweep(Gained(nnx.Rngs(0)), blobs, {"gain": [0.5, 2.0], "seed": [0, 1]}, hyper=hyper(gain=1.0))
+    assert len({*found.test_loss.values.ravel().tolist()}) == 4
+
+
+def smoothed(outputs, targets, extra):
+    """With label smoothing."""
+    labels = optax.smooth_labels(jax.nn.one_hot(targets, outputs.shape[-1]), extra["smoothing"])
+    return optax.softmax_cross_entropy(outputs, labels).mean()
+
+
+def decayed(hyper):
+    return optax.sgd(lambda step: hyper.learning_rate * hyper.extra["rate"] ** step)
+
+
+def test_in_a_loss_and_an_optimizer(blobs):
+    config = dataclasses.replace(CONFIG, loss=smoothed, optimizer=decayed)
+    axes = {"smoothing": [0.0, 0.2], "rate": [0.5, 1.0]}
+    found = sweep(bnjax.mlp((8,), 4), blobs, axes, config, hyper=hyper(smoothing=0.1, rate=0.9))
+    assert len({*found.test_loss.values.ravel().tolist()}) == 4
+    plain = dataclasses.replace(CONFIG, optimizer=lambda h: optax.sgd(h.learning_rate))
+    expected = sweep(bnjax.mlp((8,), 4), blobs, {"seed": [0]}, plain)
+    np.testing.assert_allclose(found.test_loss.sel(smoothing=0.0, rate=1.0), expected.test_loss[0], rtol=1e-5)
+
+
+def test_make_train(blobs):
+    train = jax.jit(bnjax.make_train((init, apply), CONFIG))
+    one, two = (train(hyper(gain=gain), blobs).train_loss for gain in (1.0, 2.0))
+    assert one != two
+    gradient = jax.grad(
+        lambda gain: bnjax.make_train((init, apply), CONFIG)(hyper(gain=gain), blobs).test_loss[-1]
+    )
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        gradient(1.0)
+
+
+@pytest.mark.slow
+def test_probes(blobs):
+    """Those of a run see its own values."""
+    model = bnjax.as_model((init, apply))
+    probe = probes.flow(model, (12,), batch_size=32, extra={"gain": 1.0})
+    found = sweep(model, blobs, {"gain": [0.5, 2.0]}, hyper=hyper(gain=1.0), probe=probe)
+    spread = found.spread.isel(probe_step=0).sel(layer="a")
+    np.testing.assert_allclose(spread.sel(gain=2.0), 4 * spread.sel(gain=0.5), rtol=1e-5)
+    weights = probes.weights(model, (12,), batch_size=32, extra={"gain": 1.0})
+    assert (
+        sweep(model, blobs, {"gain": [0.5]}, hyper=hyper(gain=1.0), probe=weights).gradient_norm > 0
+    ).all()
+
+
+def test_describe():
+    found = bnjax.describe((init, apply), (12,), extra={"gain": 1.0})
+    assert found.parts == ("a", "a/activation", "b")
+    assert found.names("scaled") == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("network", "axes", "extra", "message"),
+    [
+        (
+            "mlp",
+            {},
+            {"gain": 1.0},
+            r"extra has \['gain'\], but neither the network's init or apply nor the loss takes",
+        ),
+        ("own", {"gian": [1.0]}, {"gain": 1.0}, r"unknown axis 'gian' \(did you mean 'gain'\?\)"),
+        ("own", {"gain": [1.0, np.inf]}, {"gain": 1.0}, "gain must be a finite number in float32, got inf"),
+        ("own", {}, {"gain": "1"}, "gain must be a finite number"),
+        ("own", {}, {"momentum": 1.0}, "extra takes names that no hyperparameter has.*got 'momentum'"),
+        ("own", {}, {"a gain": 1.0}, "extra takes names .*got 'a gain'"),
+        (
+            "own",
+            {"train_loss": [1.0]},
+            {"train_loss": 1.0, "gain": 1.0},
+            r"must not have the names \['train_loss'\]",
+        ),
+    ],
+)
+def test_refused(blobs, network, axes, extra, message, tmp_path):
+    model = bnjax.mlp((8,), 4) if network == "mlp" else (init, apply)
+    with pytest.raises(ValueError, match=message):
+        sweep(
+            model,
+            blobs,
+            axes or {"seed": [0]},
+            hyper=bnjax.Hyperparams(extra=extra),
+            path=tmp_path / "results",
+        )
+    assert not any(tmp_path.iterdir())
+
+
+def test_names_and_back():
+    values = {**training.Hyperparams()._asdict(), "gain": 2.0}
+    del values["extra"]
+    assert bnjax.Hyperparams.from_named(values) == hyper(gain=2.0)
+    assert hyper(gain=2.0).named() == values
