@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.sparse import linalg
 
-from bnjax import choices, tracing
+from bnjax import choices, compilation, tracing
 from bnjax.networks import as_model
 from bnjax.tables import ByLayer
 from bnjax.types import Array, Dataset, Hyperparams, Model, Probe, PyTree, Snapshot, bound
@@ -268,29 +268,31 @@ def signals(
     """
     model, x = as_model(model), jnp.asarray(x)
     offsets = _offsets(model, params, batch_stats, x, train)
-    return _signals(model.apply, model.layers, train, saturation)(params, batch_stats, x, offsets)
+    given = (params, batch_stats, x, offsets)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
+        return _signals(model.apply, model.layers, train, saturation, *given)
+    return _compiled_signals(model.apply, model.layers, train, saturation)(*given)
 
 
 @functools.lru_cache(maxsize=16)
-def _signals(apply, layers, train, saturation):
+def _compiled_signals(*options):
     """Compiled whole: eagerly, each operation would be compiled by itself."""
+    return jax.jit(functools.partial(_signals, *options), compiler_options=compilation.options())
 
-    @jax.jit
-    def measure(params, batch_stats, x, offsets):
-        def show(offsets):
-            return (layers or tracing.layers(apply))(params, batch_stats, x, offsets, train=train)[1]
 
-        shown, saturated = _saturated(show, offsets, saturation)
-        found = {}
-        # One loop for all of a shape: a deep network compiles in a fraction of the time.
-        for names in _by_shape(shown):
-            described = jax.vmap(_describe)(jnp.stack([shown[name] for name in names]))
-            for i, name in enumerate(names):
-                mean, spread_, dead, rank = (values[i] for values in described)
-                found[name] = Signal(mean, spread_, dead, saturated[name], rank)
-        return ByLayer((name, found[name]) for name in offsets)
+def _signals(apply, layers, train, saturation, params, batch_stats, x, offsets):
+    def show(offsets):
+        return (layers or tracing.layers(apply))(params, batch_stats, x, offsets, train=train)[1]
 
-    return measure
+    shown, saturated = _saturated(show, offsets, saturation)
+    found = {}
+    # One loop for all of a shape: a deep network compiles in a fraction of the time.
+    for names in _by_shape(shown):
+        described = jax.vmap(_describe)(jnp.stack([shown[name] for name in names]))
+        for i, name in enumerate(names):
+            mean, spread_, dead, rank = (values[i] for values in described)
+            found[name] = Signal(mean, spread_, dead, saturated[name], rank)
+    return ByLayer((name, found[name]) for name in offsets)
 
 
 def _describe(x):
@@ -323,7 +325,9 @@ def _saturated(show, offsets, saturation):
         if offsets[before[name]].shape == offsets[name].shape and i in reached[name]
     }
     shown, push = jax.linearize(show, offsets)
-    signs = {name: jax.random.rademacher(jax.random.key(0), o.shape, o.dtype) for name, o in offsets.items()}
+    # One draw for all, which are moved one at a time: that of each took most of the compilation.
+    drawn = jax.random.rademacher(jax.random.key(0), (max(o.size for o in offsets.values()),), jnp.int8)
+    signs = {name: drawn[: o.size].reshape(o.shape).astype(o.dtype) for name, o in offsets.items()}
     both = {name: jnp.stack([jnp.ones_like(sign), sign]) for name, sign in signs.items()}
 
     def fractions(k):

@@ -277,10 +277,9 @@ def make_run(
             """The state with evaluation `number` after that step in its curves, if it is due."""
 
             def evaluate():
-                tested = _evaluate(network, loss_function, state.params, state.batch_stats, ds)
-                return tested, probed(state, hyper, ds)
+                return _evaluate(network, loss_function, state.params, state.batch_stats, ds)
 
-            test, measured = _row_if(due, evaluate, (state.curves[2:], state.measured))
+            test = _row_if(due, evaluate, state.curves[2:])
             now = _diverged_step(state.diverged_step, test[0], step)
             alive, averages = (state.diverged_step < 0, now < 0), state.averages
             return state._replace(
@@ -290,8 +289,12 @@ def make_run(
                     *_put(state.curves[:2], number, averages[:2], due & alive[0]),
                     *_put(state.curves[2:], number, test, due & alive[1]),
                 ),
-                measured=_put(state.measured, number + 1, measured, due),
             )
+
+        def measured(state, row, due):
+            """The state with what the probe measures in that row, if it is due."""
+            found = _row_if(due, lambda: probed(state, hyper, ds), state.measured)
+            return state._replace(measured=_put(state.measured, row, found, due))
 
         def stretch(carry):
             """The steps to the next evaluation, or to the end of the epoch or of this segment."""
@@ -301,17 +304,24 @@ def make_run(
             order = jax.lax.cond(of_use, lambda: order_of(here), lambda: order)
             evaluation = jnp.where(number + 1 < num_evaluations, (number + 1) * every, config.steps)
             stop = jnp.minimum(jnp.minimum(evaluation, (here + 1) * steps_per_epoch), until)
+            if (
+                probe is not None
+            ):  # the first stretch has no step: so there is one place that measures, to be compiled
+                begins = (step == 0) & (epoch < 0)
+                stop = jnp.where(begins, 0, stop)
             _, state = jax.lax.while_loop(
                 lambda carry: (carry[0] < stop) & goes_on(carry[1]),
                 lambda carry: (carry[0] + 1, take_step(carry[1], order, carry[0])),
                 (step, state),
             )
-            return stop, evaluated(state, number, stop, stop == evaluation), here, order
+            state = evaluated(state, number, stop, stop == evaluation)
+            if probe is not None:
+                row, due = jnp.where(begins, 0, number + 1), begins | (stop == evaluation)
+                state = measured(state, row, due)
+            return stop, state, here, order
 
         first, until = jnp.int32(first), jnp.int32(until)
-        at_start = _row_if(first == 0, lambda: probed(state, hyper, ds), state.measured)
-        at_start = _put(state.measured, 0, at_start, first == 0)
-        begin = first, state._replace(step=until, measured=at_start), jnp.int32(-1), jnp.arange(num_train)
+        begin = first, state._replace(step=until), jnp.int32(-1), jnp.arange(num_train)
         return jax.lax.while_loop(lambda carry: carry[0] < until, stretch, begin)[1]
 
     return start, advance

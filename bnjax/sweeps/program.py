@@ -13,13 +13,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bnjax import compilation
 from bnjax.sweeps.plan import memory, segment_of, width_of
 from bnjax.training import RunState, TrainConfig, check, make_run, make_train
 from bnjax.types import RANGES, ApplyFn, Dataset, Hyperparams, InitFn, Model, Probe, bound, range_of
 
-# LLVM's levels above 1 took 1.5 to 1.8 times the compile time, and gave programs of the same speed
-# (0.96 to 1.05 times, five networks; products and sums are library calls).
-CPU_COMPILER_OPTIONS = {"xla_backend_optimization_level": 1}
 AXIS = "group"  # of the vmap
 
 
@@ -30,7 +28,7 @@ def compiled(
     """The programs of a `Trainer`. Kept, so that a second sweep compiles nothing."""
     mesh = Mesh(np.asarray(devices), ("cells",))
     split, same = PartitionSpec("cells"), PartitionSpec()
-    options = CPU_COMPILER_OPTIONS if devices[0].platform == "cpu" else None
+    options = compilation.options(devices[0].platform)
 
     def compile_(part, *specs, donate=()):
         """That part of `make_run` for [cells]: those of each device vmapped there. Specs: split, or same."""
