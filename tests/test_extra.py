@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +77,26 @@ class Gained(nnx.Module):
 
     def __call__(self, x, extra):
         return self.output(nnx.relu(extra["gain"] * self.hidden(x)))
+
+
+class Scaled(eqx.Module):
+    hidden: eqx.nn.Linear
+    output: eqx.nn.Linear
+
+    def __init__(self, key):
+        one, two = jax.random.split(key)
+        self.hidden, self.output = eqx.nn.Linear(12, 8, key=one), eqx.nn.Linear(8, 4, key=two)
+
+    def __call__(self, x, extra):
+        return self.output(jnp.tanh(extra["gain"] * self.hidden(x)))
+
+
+def test_a_network_of_equinox(blobs):
+    net = Scaled(jax.random.key(0))
+    found = sweep(net, blobs, {"gain": [0.5, 2.0], "seed": [0, 1]}, hyper=hyper(gain=1.0))
+    assert len({*found.test_loss.values.ravel().tolist()}) == 4
+    with pytest.raises(ValueError, match="without filter_jit"):
+        bnjax.as_model(eqx.filter_jit(net))
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -165,6 +166,27 @@ class TestSweep:
         assert ", 0 diverged, " in last
         assert captured.out == ""
         sweep(blobs, {"seed": [0]}, progress=False)
+        assert capsys.readouterr() == ("", "")
+
+    def test_in_a_notebook_it_is_one_line(self, blobs, capsys, monkeypatch):
+        shown = []
+
+        class Line:
+            def update(self, data, raw):
+                shown.append(data["text/plain"])
+
+        def display(data, raw, display_id):
+            shown.append(data["text/plain"])
+            return Line()
+
+        ipython = types.ModuleType("IPython.display")
+        ipython.display = display
+        monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+        monkeypatch.setitem(sys.modules, "IPython.display", ipython)
+        monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+        sweep(blobs, {"seed": [0]}, progress=True)
+        assert shown[0] == "compiling the network ..."
+        assert shown[-1].startswith("1/1 cells, ")
         assert capsys.readouterr() == ("", "")
 
     def test_what_is_compiled_is_said_before_it_is(self, blobs, capsys, monkeypatch):

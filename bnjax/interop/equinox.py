@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"{error}; bnjax.interop.equinox needs the extra bnjax[equinox]") from error
 
 from bnjax.interop import functions
-from bnjax.types import Model, PyTree
+from bnjax.types import Model, PyTree, takes_extra, taking_extra
 
 
 def as_model(
@@ -46,14 +46,17 @@ def as_model(
         return params, {"state": state, "arrays": arrays}, static
 
     form, static = eqx.filter_eval_shape(lambda: drawn(jax.random.key(0))[1:])
+    if hasattr(static, "__wrapped__"):  # evaluation mode would not reach it
+        raise ValueError("an Equinox network is given as it is, without filter_jit and the like around it")
     stateful = form["state"] is not None
     takes_key = "key" in inspect.signature(type(static).__call__).parameters
+    takes = takes_extra(type(static).__call__)
 
     def init(key, input_shape):
         params, others, _ = drawn(key)
         return params, {**others, **({"key": functions.dropout_key(key)} if takes_key else {})}
 
-    def apply(params, batch_stats, x, *, train):
+    def apply(params, batch_stats, x, *, train, extra):
         net = eqx.combine(params, batch_stats["arrays"], static)
         net = eqx.nn.inference_mode(net, value=not train)
         # Equinox compares an entry's type before and after, the mesh of devices included: all be of this trace.
@@ -64,7 +67,7 @@ def as_model(
             keys = jax.random.split(now, len(x))
 
         def one(x, key):
-            options = {"key": key} if takes_key else {}
+            options = ({"key": key} if takes_key else {}) | ({"extra": extra} if takes else {})
             return net(x, state, **options) if stateful else (net(x, **options), state)
 
         outputs, state = jax.vmap(one, axis_name="batch", out_axes=(0, None))(x, keys)
@@ -72,6 +75,7 @@ def as_model(
 
     if config is None:
         config = functions.in_words(scaled, model="equinox", **{"class": type(static).__qualname__})
+    apply = taking_extra(apply, takes)
     return functions.as_model(init, apply, scaled=scaled, config=config)
 
 

@@ -6,13 +6,14 @@ import rich.console
 import rich.progress
 
 LINE_SECONDS = 60  # between lines where there is no terminal
+NOTEBOOK_SECONDS = 0.5  # between changes of the line in a notebook
 
 
 class Progress(rich.progress.Progress):
     """What is compiled, cells done, cells diverged, cells per second and the time left; silent if not `enabled`.
 
-    On a terminal one line that is kept up to date; elsewhere a line for each network that is compiled, one a minute,
-    and one at the end.
+    On a terminal and in a notebook one line that is kept up to date; elsewhere a line for each network that is
+    compiled, one a minute, and one at the end.
     """
 
     def __init__(self, *, enabled: bool):
@@ -29,6 +30,7 @@ class Progress(rich.progress.Progress):
         )
         self.add_task("", total=None, cells="", left="", note="reading the networks ...")
         self._said, self._done_before, self._diverged = set(), 0, 0
+        self._in_notebook = None  # the line there
         self._start = self._last_line = time.monotonic()
 
     def compiling(self, model: str) -> None:
@@ -36,7 +38,7 @@ class Progress(rich.progress.Progress):
         note = f"compiling {model or 'the network'} ..."
         self.update(self.tasks[0].id, note=note, refresh=True)
         if self._lines and note not in self._said:
-            self.console.print(note, soft_wrap=True, highlight=False)
+            self._say(note)
         self._said.add(note)
 
     def begin(self, total: int, done: int) -> None:
@@ -62,9 +64,20 @@ class Progress(rich.progress.Progress):
             left="left, " if done < task.total else "in all, ",
             note=note + name,
         )
-        if self._lines and (done == task.total or time.monotonic() - self._last_line > LINE_SECONDS):
+        pause = NOTEBOOK_SECONDS if self.console.is_jupyter else LINE_SECONDS
+        if self._lines and (done == task.total or time.monotonic() - self._last_line > pause):
             self._last_line, left = time.monotonic(), (task.total - done) / speed
             line = (
                 f"{done:.0f}/{task.total:.0f} cells, {note}, {seconds:.0f} s so far, {left:.0f} s left{name}"
             )
+            self._say(line)
+
+    def _say(self, line):
+        if not self.console.is_jupyter:
             self.console.print(line, soft_wrap=True, highlight=False)
+        elif self._in_notebook is None:
+            from IPython.display import display  # which is there
+
+            self._in_notebook = display({"text/plain": line}, raw=True, display_id=True)
+        else:
+            self._in_notebook.update({"text/plain": line}, raw=True)
