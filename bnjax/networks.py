@@ -12,7 +12,7 @@ import jax
 
 from bnjax import tables, tracing
 from bnjax.interop import functions
-from bnjax.types import Model, takes_extra, taking_extra, with_extra
+from bnjax.types import Model, some_of, takes_extra, taking_extra, with_extra
 
 ACCEPTED = (
     "a bnjax.Model, a Flax linen module, an NNX or Equinox network, or a pair of functions (init(key, input_shape) -> "
@@ -184,10 +184,9 @@ def describe(
     return _described(model.init, model.apply, tuple(input_shape), names)
 
 
-@functools.lru_cache(maxsize=16)  # each sweep asks for it
+@functools.lru_cache(maxsize=256)  # each sweep asks for it
 def _described(draw, apply, input_shape, names):
-    extra = dict.fromkeys(names, 0.5)  # whose values change nothing here
-    draw, apply = with_extra(draw, extra), with_extra(apply, extra)
+    draw, apply = (with_extra(function, some_of(names)) for function in (draw, apply))
 
     def init(key, init_scale):
         return draw(key, input_shape, init_scale)

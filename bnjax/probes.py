@@ -28,7 +28,19 @@ from jax.experimental.sparse import linalg
 from bnjax import choices, compilation, tracing
 from bnjax.networks import as_model
 from bnjax.tables import ByLayer
-from bnjax.types import Array, Dataset, Hyperparams, Model, Probe, PyTree, Snapshot, bound
+from bnjax.types import (
+    RANGES,
+    Array,
+    Dataset,
+    Hyperparams,
+    Model,
+    Probe,
+    PyTree,
+    Snapshot,
+    bound,
+    range_of,
+    with_extra,
+)
 
 # Of a Jacobian that `singular_values` forms: 32 MB in float32, and some seconds for its singular values.
 LARGEST_JACOBIAN = 2**23
@@ -65,11 +77,12 @@ def shapes(
     """
 
     def measured(ds, hyper):
-        state = bound(model, extra).init(jax.random.key(0), ds.train_x.shape[1:], hyper.init_scale)
+        state = bound(model, hyper.extra).init(jax.random.key(0), ds.train_x.shape[1:], hyper.init_scale)
         found = probe.measure(Snapshot(*state, *state, ds, hyper))
         return {name: jnp.asarray(value) for name, value in found.items()}
 
-    found = jax.eval_shape(measured, ds, Hyperparams(extra=dict(extra)))
+    hyper = {name: jax.ShapeDtypeStruct((), range_of(name).dtype) for name in (*RANGES, *extra)}
+    found = jax.eval_shape(measured, ds, Hyperparams.from_named(hyper))
     for quantity, value in found.items():
         if value.shape not in ((), (len(probe.layers),)):
             raise ValueError(
@@ -169,7 +182,7 @@ def weights(
             outputs, _ = bound(model, snapshot.hyper.extra).apply(
                 *_with_kernels(*state, matrices), x, train=True
             )
-            return loss(outputs, y)
+            return with_extra(loss, snapshot.hyper.extra)(outputs, y)
 
         to_weights = jax.grad(loss_of)(now)
         return measured | {"gradient_norm": jnp.stack([_norm(to_weights[name]) for name in names])}
@@ -206,9 +219,10 @@ def flow(
 
     def measure(snapshot: Snapshot):
         x, y = _first_examples(snapshot, batch_size)
-        network = (bound(model, snapshot.hyper.extra), snapshot.params, snapshot.batch_stats, x)
-        found = signals(*network)
-        norms = gradients(*network, lambda outputs: loss(outputs, y)).intermediates
+        network, extra = (model, snapshot.params, snapshot.batch_stats, x), snapshot.hyper.extra
+        found = signals(*network, extra=extra)
+        own_loss = with_extra(loss, extra)
+        norms = gradients(*network, lambda outputs: own_loss(outputs, y), extra=extra).intermediates
         measured = {
             quantity: jnp.stack([getattr(found[name], quantity) for name in names])
             for quantity in Signal._fields
@@ -240,6 +254,7 @@ def signals(
     *,
     train: bool = True,
     saturation: float = 0.01,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> ByLayer:
     """The signals of a batch in every named intermediate.
 
@@ -259,6 +274,7 @@ def signals(
       x: the batch, [N, ...].
       train: with the batch's own statistics, or else the running ones.
       saturation: see above.
+      extra: what the network takes as `Hyperparams.extra`.
 
     Returns:
       {name of the intermediate: `Signal`}, in the order of the model; it prints as a table.
@@ -267,11 +283,12 @@ def signals(
       ValueError: for an x that the network does not take.
     """
     model, x = as_model(model), jnp.asarray(x)
-    offsets = _offsets(model, params, batch_stats, x, train)
-    given = (params, batch_stats, x, offsets)
+    extra = {name: jnp.asarray(value, jnp.float32) for name, value in extra.items()}
+    offsets = _offsets(bound(model, extra), params, batch_stats, x, train)
+    given, options = (params, batch_stats, x, offsets, extra), (train, float(saturation))
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given)):
-        return _signals(model.apply, model.layers, train, saturation, *given)
-    return _compiled_signals(model.apply, model.layers, train, saturation)(*given)
+        return _signals(model.apply, model.layers, *options, *given)
+    return _compiled_signals(model.apply, model.layers, *options)(*given)
 
 
 @functools.lru_cache(maxsize=16)
@@ -280,9 +297,11 @@ def _compiled_signals(*options):
     return jax.jit(functools.partial(_signals, *options), compiler_options=compilation.options())
 
 
-def _signals(apply, layers, train, saturation, params, batch_stats, x, offsets):
+def _signals(apply, layers, train, saturation, params, batch_stats, x, offsets, extra):
+    layers = with_extra(layers or tracing.layers(apply), extra)
+
     def show(offsets):
-        return (layers or tracing.layers(apply))(params, batch_stats, x, offsets, train=train)[1]
+        return layers(params, batch_stats, x, offsets, train=train)[1]
 
     shown, saturated = _saturated(show, offsets, saturation)
     found = {}
@@ -361,6 +380,7 @@ def gradients(
     loss: Callable[[jax.Array], jax.Array],
     *,
     train: bool = True,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> Gradients:
     """The Frobenius norms of the gradient to every named intermediate, and to every weight matrix.
 
@@ -375,6 +395,7 @@ def gradients(
       loss: a scalar function of the outputs. `lambda outputs: (outputs * c).sum()` gives the gradients for a
         fixed cotangent c, whatever the outputs.
       train: with the batch's own statistics, or else the running ones.
+      extra: what the network takes as `Hyperparams.extra`.
 
     Returns:
       `Gradients`.
@@ -382,7 +403,7 @@ def gradients(
     Raises:
       ValueError: for an x that the network does not take.
     """
-    model = as_model(model)
+    model = bound(as_model(model), extra)
     offsets = _offsets(model, params, batch_stats, x, train)
     matrices = kernels(
         params, batch_stats, tracing.read(model.apply, params, batch_stats, x, train=train).kernels
@@ -409,6 +430,7 @@ def singular_values(
     *,
     num: int | None = None,
     train: bool = True,
+    extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> jax.Array:
     """The singular values of the Jacobian d target / d source over the whole batch, descending.
 
@@ -426,6 +448,7 @@ def singular_values(
         which is not formed. 5 * num must be less than the number of entries of the smaller of the two. Less exact
         than the dense ones: a relative error of 1.4e-5 was seen in float32 where the largest are nearly equal.
       train: with the batch's own statistics, or else the running ones.
+      extra: what the network takes as `Hyperparams.extra`.
 
     Returns:
       [min(entries of source, entries of target)], or [num].
@@ -434,7 +457,7 @@ def singular_values(
       ValueError: for an x that the network does not take; names that it does not have; a target before the source;
         without `num`, a Jacobian of more than 2^23 entries; a `num` out of range.
     """
-    model = as_model(model)
+    model = bound(as_model(model), extra)
     shapes = _shapes(model, params, batch_stats, x, train)
     names = list(shapes)
     choices.check("target", target, names)

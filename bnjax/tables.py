@@ -59,6 +59,7 @@ class ByLayer(dict):
 
 def _shown(value: Any) -> str:
     """A number, or the form of an array or of what is traced."""
-    if isinstance(value, jax.core.Tracer) or getattr(value, "ndim", 0):
-        return f"{value.dtype}{list(value.shape)}"
-    return f"{float(value):.4g}"
+    known = hasattr(value, "__float__") and not isinstance(value, jax.core.Tracer)
+    if known and getattr(value, "ndim", 0) == 0:
+        return f"{float(value):.4g}"
+    return f"{value.dtype}{list(value.shape)}" if hasattr(value, "shape") else repr(value)

@@ -35,10 +35,10 @@ from bnjax.types import (
     Probe,
     PyTree,
     Snapshot,
+    Watched,
     bound,
-    check_value,
+    check_values,
     range_of,
-    takes_extra,
     with_extra,
 )
 
@@ -212,9 +212,7 @@ def make_run(
 
     def start(hyper, ds):
         _check_shapes(ds, config)
-        for name, value in hyper.named().items():
-            if not isinstance(value, jax.core.Tracer):
-                check_value(name, value)
+        check_values(hyper)
         hyper = _as_32_bit(hyper)
         network = bound(model, hyper.extra)
         drawn = network.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
@@ -390,26 +388,32 @@ def _evaluate(model, loss_function, params, batch_stats, ds):
 
 def check(
     model: Model, ds: Dataset, config: TrainConfig, extra: Mapping[str, Any] = MappingProxyType({})
-) -> None:
+) -> set[str]:
     """Raises ValueError if the data does not fit itself, the batch size, the network or the loss; nothing is computed.
 
-    Or if the configuration's functions do not return a scalar loss or an optimizer, or nothing takes `extra`.
+    Or if the configuration's functions do not return a scalar loss or an optimizer, or ask for more than is in `extra`.
+
+    Returns:
+      The names in `extra` that the network, the loss or the optimizer read.
     """
-    functions = (model.init, model.apply, config.loss_function)
-    if extra and not callable(config.optimizer) and not any(map(takes_extra, functions)):
-        raise ValueError(
-            f"extra has {list(extra)}, but neither the network's init or apply nor the loss takes `extra`"
-        )
-    model = bound(model, dict(extra))
+    extra = Watched({name: np.float32(value) for name, value in extra.items()})  # the type of a run
+    model = bound(model, extra)
     _check_shapes(ds, config)
     train, test = ds.train_x.shape[1:], ds.test_x.shape[1:]
     if train != test:
         raise ValueError(f"training examples {train} and test examples {test} differ in shape")
 
     def outputs_of(x):
-        return _outputs(model, model.init(jax.random.key(0), train, 1.0))(x)
+        state = model.init(jax.random.key(0), train, 1.0)
+        return _outputs(model, state)(x), state[0]
 
-    outputs = jax.eval_shape(outputs_of, jax.ShapeDtypeStruct((2, *train), ds.train_x.dtype))
+    def train_mode():  # what is read there, such as a rate of dropout
+        x = jnp.zeros((config.batch_size, *train), ds.train_x.dtype)
+        return model.apply(*model.init(jax.random.key(0), train, 1.0), x, train=True)[0]
+
+    if extra:
+        jax.eval_shape(train_mode)
+    outputs, params = jax.eval_shape(outputs_of, jax.ShapeDtypeStruct((2, *train), ds.train_x.dtype))
     shape = getattr(outputs, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != 2 or not jnp.issubdtype(outputs.dtype, jnp.floating):
         raise ValueError(
@@ -420,13 +424,15 @@ def check(
             raise ValueError(f"{split}_x must be floating point (or int32, of tokens), got {x.dtype}")
         _check_targets(split, y, shape[1], config)
     targets = jax.ShapeDtypeStruct((2, *ds.train_y.shape[1:]), ds.train_y.dtype)
-    loss = jax.eval_shape(with_extra(config.loss_function, dict(extra)), outputs, targets)
+    loss = jax.eval_shape(with_extra(config.loss_function, extra), outputs, targets)
     if getattr(loss, "shape", None) != () or not jnp.issubdtype(loss.dtype, jnp.floating):
         raise ValueError(f"loss must return a scalar, the mean over the batch; got {loss}")
     if callable(config.optimizer):
-        found = config.optimizer(Hyperparams(extra=dict(extra)))
+        found = config.optimizer(Hyperparams(extra=extra))
         if not isinstance(found, optax.GradientTransformation):
             raise ValueError(f"optimizer must return an optax transformation, got {type(found).__name__}")
+        jax.eval_shape(lambda p: found.update(p, found.init(p), p), params)  # which reads what schedules take
+    return extra.read
 
 
 def _check_targets(split, y, num_outputs, config):

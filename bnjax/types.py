@@ -6,7 +6,7 @@ Axis letters, here and everywhere: N batch, C features, E evaluations, K classes
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -91,8 +91,50 @@ def takes_extra(function: Callable) -> bool:
 
 
 def with_extra(function: Callable, extra: Mapping[str, Any]) -> Callable:
-    """The function with that `extra`, if it takes it."""
-    return functools.partial(function, extra=extra) if takes_extra(function) else function
+    """The function with that `extra`, if it takes it; an empty one leaves a default of its own."""
+    argument = inspect.signature(function).parameters.get("extra")
+    if argument is None or (not extra and argument.default is not argument.empty):
+        return function
+    return functools.partial(function, extra=extra)
+
+
+class Watched(dict):
+    """An `extra` that knows which of its names were read, and says what is asked for and not there."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name):
+        if name not in self:
+            raise ValueError(f"extra[{name!r}] is asked for; Hyperparams.extra has {[*self.keys()]}")
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def __iter__(self):  # so that dict(extra) reads one by one
+        return iter(self.keys())
+
+    def get(self, name, default=None):
+        """As of a dict."""
+        return self[name] if name in [*self] else default
+
+    def items(self):
+        """As of a dict."""
+        return [(name, self[name]) for name in self]
+
+    def values(self):
+        """As of a dict."""
+        return [self[name] for name in self]
+
+
+jax.tree_util.register_pytree_node(
+    Watched, lambda w: (w.values(), (*w,)), lambda n, v: dict(zip(n, v, strict=True))
+)
+
+
+def some_of(names: Iterable[str]) -> Watched:
+    """An `extra` of those names, where its values decide nothing: the type is that of a run."""
+    return Watched(dict.fromkeys(names, np.float32(0.5)))
 
 
 def taking_extra(function: Callable, takes: bool) -> Callable:
@@ -124,8 +166,11 @@ class Dataset(NamedTuple):
 
     def __repr__(self) -> str:
         """Shapes and types."""
-        rows = [f"{n:8} {' x '.join(map(str, a.shape)):24} {a.dtype}" for n, a in self._asdict().items()]
-        return "\n  ".join(["Dataset", *rows])
+
+        def form(a):
+            return f"{' x '.join(map(str, a.shape)):24} {a.dtype}" if hasattr(a, "shape") else repr(a)
+
+        return "\n  ".join(["Dataset", *(f"{name:8} {form(a)}" for name, a in self._asdict().items())])
 
 
 class Hyperparams(NamedTuple):
@@ -137,8 +182,8 @@ class Hyperparams(NamedTuple):
     momentum: the OPTIMIZER's momentum, in [0, 1): the decay of sgd's and rmsprop's velocity, and
         adam's b1. Not batch normalization's `momentum`, the weight of the old running statistics.
     weight_decay: the coefficient of decay, on weight matrices only (>= 0).
-    extra: scalars of one's own by name, such as {"dropout": 0.1}. A network's init and apply, a loss and a linen or NNX
-        `__call__` get them as `extra=`, if their signature has it; each may be an axis of a sweep.
+    extra: scalars of one's own by name, such as {"gain": 2.0}. A network's init and apply, a loss, and a `__call__` of
+        Flax or Equinox get them, traced, as `extra=`, if their signature has it; each may be an axis of a sweep.
     """
 
     seed: jax.Array | int = 0
@@ -189,6 +234,18 @@ EXTRA = Range(np.dtype("float32"), -math.inf, False, math.inf, "a finite number 
 def range_of(name: str) -> Range:
     """Of a hyperparameter, or one of `Hyperparams.extra`."""
     return RANGES.get(name, EXTRA)
+
+
+def check_values(hyper: Hyperparams) -> None:
+    """Raises ValueError for a name in `extra` that is none, or for a value out of range that is not traced."""
+    for name in hyper.extra:
+        if not isinstance(name, str) or not name.isidentifier() or name in RANGES:
+            raise ValueError(
+                f"extra takes names that no hyperparameter has, as Python's variables have; got {name!r}"
+            )
+    for name, value in hyper.named().items():
+        if not isinstance(value, jax.core.Tracer):
+            check_value(name, value)
 
 
 def check_value(name: str, value: Any) -> None:

@@ -147,10 +147,83 @@ def test_probes(blobs):
     found = sweep(model, blobs, {"gain": [0.5, 2.0]}, hyper=hyper(gain=1.0), probe=probe)
     spread = found.spread.isel(probe_step=0).sel(layer="a")
     np.testing.assert_allclose(spread.sel(gain=2.0), 4 * spread.sel(gain=0.5), rtol=1e-5)
-    weights = probes.weights(model, (12,), batch_size=32, extra={"gain": 1.0})
+
+    def loss(outputs, targets, extra):
+        return extra["gain"] * optax.softmax_cross_entropy_with_integer_labels(outputs, targets).mean()
+
+    weights = probes.weights(model, (12,), batch_size=32, extra={"gain": 1.0}, loss=loss)
     assert (
         sweep(model, blobs, {"gain": [0.5]}, hyper=hyper(gain=1.0), probe=weights).gradient_norm > 0
     ).all()
+
+
+def test_other_names_are_other_results(blobs, tmp_path):
+    """Also where the programs are the same text."""
+
+    def gained(name):
+        return init, lambda params, x, extra: apply(params, x, {"gain": extra[name]})
+
+    path = tmp_path / "results"
+    sweep(gained("gain"), blobs, {"gain": [0.5]}, hyper=hyper(gain=1.0), path=path)
+    other = {"axes": {"slope": [1.0, 2.0]}, "hyper": hyper(slope=1.0), "path": path}
+    with pytest.raises(ValueError, match="holds other results"):
+        sweep(gained("slope"), blobs, **other)
+    found = sweep(gained("slope"), blobs, **other, overwrite=True)
+    expected = sweep(gained("slope"), blobs, {"slope": [1.0, 2.0]}, hyper=hyper(slope=1.0))
+    np.testing.assert_array_equal(found.test_loss, expected.test_loss)
+
+
+def test_what_a_probe_measures_has_the_type_of_a_run(blobs):
+    """And may be called like a hyperparameter in a part."""
+    probe = bnjax.Probe(
+        lambda s: {"cell size": s.hyper.extra["gain"], "half": jnp.float16(2) * s.hyper.extra["gain"]}
+    )
+    found = sweep((init, apply), blobs, {"gain": [0.5]}, hyper=hyper(gain=1), probe=probe)
+    np.testing.assert_array_equal(found["cell size"].values.ravel(), [0.5, 0.5])
+    assert "done" not in found
+
+
+def test_a_default_of_ones_own_stays(blobs):
+    def own(params, x, extra={"gain": 2.0}):  # noqa: B006 (not changed)
+        return apply(params, x, extra)
+
+    found = sweep((init, own), blobs, {"seed": [0]})
+    expected = sweep((init, apply), blobs, {"seed": [0]}, hyper=hyper(gain=2.0))
+    np.testing.assert_allclose(found.test_loss, expected.test_loss, rtol=1e-5)
+    net = Gained(nnx.Rngs(0))
+    given = bnjax.as_model(net, arguments=lambda train: {"extra": {"gain": 2.0}})
+    state = given.init(jax.random.key(0), (12,), 1.0)
+    x = jnp.ones((2, 12))
+    np.testing.assert_array_equal(given.apply(*state, x, train=False)[0], net(x, {"gain": 2.0}))
+
+
+def test_a_baseline_that_does_not_take_it(blobs):
+    models = {"gained": (init, apply), "plain": (init, lambda params, x: apply(params, x, {"gain": 1.0}))}
+    found = sweep(models, blobs, {"gain": [1.0]}, hyper=hyper(gain=1.0))
+    np.testing.assert_allclose(*found.test_loss, rtol=1e-5)
+
+
+def test_probes_by_hand():
+    model = bnjax.as_model((init, apply))
+    state, x = (
+        model.init(jax.random.key(0), (12,), extra={"gain": 1.0}),
+        jax.random.normal(jax.random.key(1), (32, 12)),
+    )
+    one, two = (probes.signals(model, *state, x, extra={"gain": gain})["a"].spread for gain in (1.0, 2.0))
+    np.testing.assert_allclose(two, 2 * one, rtol=1e-6)
+    norms = [
+        probes.gradients(model, *state, x, lambda out: out.mean(), extra={"gain": gain}).weights["b"]
+        for gain in (1e-3, 2e-3)
+    ]
+    np.testing.assert_allclose(norms[1], 2 * norms[0], rtol=1e-4)  # tanh is linear there
+    values = probes.singular_values(model, *state, x[:4], None, "a", extra={"gain": 1.0})
+    assert values.shape == (32,)
+
+
+def test_make_train_checks_names(blobs):
+    train = bnjax.make_train(bnjax.mlp((8,), 4), CONFIG)
+    with pytest.raises(ValueError, match="names that no hyperparameter has"):
+        train(hyper(learning_rate=1e-9), blobs)
 
 
 def test_describe():
@@ -166,19 +239,16 @@ def test_describe():
             "mlp",
             {},
             {"gain": 1.0},
-            r"extra has \['gain'\], but neither the network's init or apply nor the loss takes",
+            r"nothing reads \['gain'\] in extra: neither a network, nor the loss",
         ),
+        ("own", {}, {"gain": 1.0, "gian": 2.0}, r"nothing reads \['gian'\] in extra"),
+        ("own", {}, {"gian": 2.0}, r"extra\['gain'\] is asked for; Hyperparams.extra has \['gian'\]"),
+        ("own", {}, {}, r"extra\['gain'\] is asked for; Hyperparams.extra has \[\]"),
         ("own", {"gian": [1.0]}, {"gain": 1.0}, r"unknown axis 'gian' \(did you mean 'gain'\?\)"),
         ("own", {"gain": [1.0, np.inf]}, {"gain": 1.0}, "gain must be a finite number in float32, got inf"),
         ("own", {}, {"gain": "1"}, "gain must be a finite number"),
         ("own", {}, {"momentum": 1.0}, "extra takes names that no hyperparameter has.*got 'momentum'"),
         ("own", {}, {"a gain": 1.0}, "extra takes names .*got 'a gain'"),
-        (
-            "own",
-            {"train_loss": [1.0]},
-            {"train_loss": 1.0, "gain": 1.0},
-            r"must not have the names \['train_loss'\]",
-        ),
     ],
 )
 def test_refused(blobs, network, axes, extra, message, tmp_path):

@@ -271,7 +271,6 @@ def test_the_html_says_what_the_text_says():
             {"results": results(TWO).isel(init_scale=0)},
             r"needs an axis init_scale; .* have \['model', 'seed'\]",
         ),
-        ({"results": results(TWO).expand_dims(width=[1, 2])}, r"also have \['width'\]: select one"),
         ({"results": results(TWO).drop_vars("diverged")}, "results of bnjax.sweep, these lack diverged"),
         ({"results": results(np.where(np.eye(3), TWO, np.nan))}, "not finite in 12 of 18 cells"),
     ],

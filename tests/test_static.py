@@ -67,6 +67,8 @@ def test_a_name_that_a_hyperparameter_has(blobs):
     found = sweep(network, blobs, {"model.momentum": [0.0, 0.9], "width": [4], "seed": [0]})
     assert found.test_loss.dims == ("model.momentum", "width", "seed", "step")
     assert found.test_loss[0, 0, 0, -1] != found.test_loss[1, 0, 0, -1]
+    both = sweep(network, blobs, {"model.momentum": [0.0], "width": [4], "momentum": [0.5, 0.9]})
+    assert both.test_loss.dims == ("model.momentum", "width", "momentum", "step")
     wrapped = sweep(lambda width: network(width), blobs, {"width": [4], "momentum": [0.5, 0.9]})
     assert wrapped.test_loss.dims == ("width", "momentum", "step")
 
@@ -111,8 +113,31 @@ def test_a_probe_for_each(blobs):
 
     found = sweep(network, blobs, {"width": [4, 8], "seed": [0]}, probe=probe)
     assert found.gradient_norm.dims == ("width", "seed", "probe_step", "layer")
+    with pytest.raises(ValueError, match=r"probe must be a bnjax.Probe, got int"):
+        sweep(network, blobs, {"width": [4], "seed": [0]}, probe=lambda model: 3)
     alone = sweep(network(8), blobs, {"seed": [0]}, probe=probe)
     np.testing.assert_array_equal(found.gradient_norm.sel(width=8), alone.gradient_norm)
+
+
+def test_robustness_takes_them():
+    scales = [0.1, 1.0]
+    accuracy = xr.DataArray([[[0.9, 0.2]], [[0.1, 0.8]]], dims=("norm", "seed", "init_scale"))
+    results = xr.Dataset({"test_accuracy": accuracy.expand_dims("step", -1)})
+    results = results.assign_coords(norm=["batch", "none"], init_scale=scales, seed=[0], step=[3])
+    results["diverged"] = xr.zeros_like(accuracy, bool)
+    found = bnjax.robustness(results)
+    assert found.chosen == ("norm",)
+    assert found.best["network"].accuracy == 0.9
+    assert found.summaries["network"][0.8].range.decades == 1.0
+
+
+class Callable:
+    def __call__(self, *args, **options):
+        raise AssertionError("this is no function that makes networks")
+
+
+class Nothing:
+    pass
 
 
 def test_without_static_axes_it_is_one_network(blobs):
@@ -139,6 +164,8 @@ def test_without_static_axes_it_is_one_network(blobs):
             {"test_loss": [1, 2]},
             r"axes must not have the names \['test_loss'\]",
         ),
+        (Callable(), {"seed": [0]}, "a network must be a bnjax.Model.*got Callable"),
+        (Nothing, {"width": [4]}, "unknown axis 'width'"),
         (3, {"seed": [0]}, "a network must be a bnjax.Model.*got int 3"),
     ],
 )

@@ -52,6 +52,9 @@ def test_a_tree_that_keeps_its_order():
     traced = []
     jax.jit(lambda tree: traced.append(str(tree)))(given)
     assert "float32[]" in traced[0]
+    assert "float32[]" in str(jax.eval_shape(lambda: given))
+    assert "x" in str(ByLayer(a="x"))
+    assert str(bnjax.Dataset(0, None, 0, None)).splitlines()[1] == "  train_x  0"
 
 
 def test_models_and_data_on_one_screen(measured):

@@ -19,8 +19,6 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float
 
-from bnjax.types import Hyperparams
-
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95)
 UNNAMED = "network"  # what tables call a network that was swept without a name
 COLUMNS = 80  # of the text
@@ -239,11 +237,6 @@ def final_accuracy(results: xr.Dataset, chance: float | int | None = None) -> xr
     accuracy = ends["test_accuracy"]
     if "init_scale" not in accuracy.dims:
         raise ValueError(f"robustness needs an axis init_scale; the results have {list(accuracy.dims)}")
-    if unknown := [dim for dim in accuracy.dims if dim not in ("model", *Hyperparams._fields)]:
-        raise ValueError(
-            f"robustness takes the dimension model and the axes {list(Hyperparams._fields)}, the results also "
-            f"have {unknown}: select one entry of it"
-        )
     replaced = results.diverged
     if chance is None and "test_loss" in ends:
         # Earlier versions stored a diverged run's last finite state, today's store an infinite loss.

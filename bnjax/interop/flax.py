@@ -33,7 +33,7 @@ except ModuleNotFoundError as error:
 
 from bnjax import batch_norm
 from bnjax.interop import entries, functions
-from bnjax.types import BatchNormParams, BatchStats, Model, PyTree, takes_extra, taking_extra
+from bnjax.types import BatchNormParams, BatchStats, Model, PyTree, some_of, takes_extra, taking_extra
 
 COLLECTIONS = ("params", "batch_stats")
 RNG = "random numbers"  # the entry of the state that holds their key; no submodule can have this name
@@ -262,12 +262,12 @@ def as_model(
     """
     given = arguments or functions.arguments(type(module).__call__)
 
-    takes = takes_extra(type(module).__call__)
+    takes = takes_extra(type(module).__call__) and "extra" not in given(False)
 
     def call(function, *args, train, extra, **options):
         own = {"extra": extra} if takes else {}
         try:
-            return function(*args, **given(train), **own, **options)
+            return function(*args, **own, **given(train), **options)
         except InvalidRngError as error:
             raise AsksForRandomNumbers(
                 f"{type(module).__name__} asks for random numbers in evaluation, too; turn dropout and the like off by "
@@ -294,7 +294,7 @@ def as_model(
     @functools.cache
     def random(input_shape, names):
         """Whether it asks for random numbers in training; `names` are those in `extra`."""
-        extra = dict.fromkeys(names, 0.5)  # of which that does not depend
+        extra = some_of(names)
         variables, x = jax.eval_shape(lambda: variables_of(jax.random.key(0), input_shape, extra))
 
         def apply(variables, x):

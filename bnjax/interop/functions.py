@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from bnjax import tracing
-from bnjax.types import ApplyFn, Model, PyTree, takes_extra, taking_extra, with_extra
+from bnjax.types import ApplyFn, Model, PyTree, some_of, takes_extra, taking_extra, with_extra
 
 DROPOUT = 0x64726F70  # folded into the key of the initialization: no number that a split of it has
 
@@ -57,8 +57,7 @@ def as_model(
     @functools.cache
     def chosen(input_shape, names):
         """The names of what is scaled, and what to say where nothing is; `names` are those in `extra`."""
-        extra = dict.fromkeys(names, 0.5)  # of which no name depends
-        draw, run = with_extra(init, extra), with_extra(apply, extra)
+        draw, run = (with_extra(function, some_of(names)) for function in (init, apply))
         try:
             params, batch_stats = jax.eval_shape(lambda: draw(jax.random.key(0), input_shape))
         except TypeError as error:

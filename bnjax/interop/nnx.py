@@ -97,6 +97,9 @@ def as_model(
         """The network without its arrays."""
         return network if single else nnx.eval_shape(lambda: network(nnx.Rngs(0)))
 
+    given = arguments or functions.arguments(type(form()).__call__)
+    takes = takes_extra(type(form()).__call__) and "extra" not in given(False)
+
     def init(key, input_shape):
         return drawn[1:] if single else split(network(nnx.Rngs(key)))[1:]
 
@@ -107,13 +110,12 @@ def as_model(
             nnx.replace_by_pure_dict(state, values)
         net = nnx.merge(graph, *states, copy=True)
         (net.train if train else net.eval)()
-        own = {"extra": extra} if takes_extra(type(net).__call__) else {}
-        outputs = net(x, **(arguments or functions.arguments(type(net).__call__))(train), **own)
+        outputs = net(x, **given(train), **({"extra": extra} if takes else {}))
         return outputs, split(net)[2] if train else batch_stats
 
     if config is None:
         config = functions.in_words(scaled, model="nnx", **{"class": type(form()).__qualname__})
-    run = taking_extra(run, takes_extra(type(form()).__call__))
+    run = taking_extra(run, takes)
     return functions.as_model(init, run, scaled=scaled, config=config)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from bnjax import choices
-from bnjax.types import RANGES, Hyperparams, check_value, range_of
+from bnjax.types import Hyperparams, check_value, check_values, range_of
 
 
 def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
@@ -16,17 +16,17 @@ def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
       ValueError: for an unknown axis, an axis that is empty or has equal values (in the precision of the
         compiled program), or a value out of range.
     """
-    for name in hyper.extra:
-        if not isinstance(name, str) or not name.isidentifier() or name in RANGES:
-            raise ValueError(
-                f"extra takes names that no hyperparameter has, as Python's variables have; got {name!r}"
-            )
-    for name, value in hyper.named().items():
-        check_value(name, value)
+    check_values(hyper)
     result = {}
     for name, values in axes.items():
-        choices.check("axis", name, hyper.named())
-        if not isinstance(values, Iterable):
+        try:
+            choices.check("axis", name, hyper.named())
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; others are names in Hyperparams.extra, or keywords of a function (or class) that makes the "
+                "network, given in its place"
+            ) from None
+        if not isinstance(values, Iterable) or isinstance(values, str):
             raise ValueError(f"axis {name} takes a list of values, got {values!r}")
         values = list(values)
         if not values:
@@ -58,6 +58,8 @@ def positions(axes: Mapping[str, np.ndarray], hyper: Hyperparams, wanted: Hyperp
     """Where cells (in the precision of the compiled program) are in the order of `cells`; -1: nowhere. [wanted]."""
     place, inside = np.zeros(len(wanted.seed), np.int64), np.ones(len(wanted.seed), bool)
     values, wanted = hyper.named(), wanted.named()
+    if {*values} != {*wanted}:  # other names in `extra`
+        return np.full(len(place), -1)
     for name in [*axes, *(set(values) - {*axes})]:
         used = np.atleast_1d(axes.get(name, values[name])).astype(range_of(name).dtype)
         order = np.argsort(used)

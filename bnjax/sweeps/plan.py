@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from bnjax.training import TrainConfig
-from bnjax.types import Dataset, Model
+from bnjax.types import Dataset, Model, some_of, with_extra
 
 # On a CPU a group of cells is fastest while its parameters, gradients and optimizer state stay in cache.
 CPU_CACHE_BYTES = 5 * 2**20
@@ -29,9 +29,12 @@ CPU_FLOPS, ACCELERATOR_FLOPS = 5e10, 5e12
 CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def width_of(model: Model, ds: Dataset, device: jax.Device) -> int:
-    """Cells that are vmapped together on such a device, by the size of the network's parameters."""
-    _, num_bytes, convolves = _size(model, ds)
+def width_of(model: Model, ds: Dataset, device: jax.Device, extra: tuple[str, ...] = ()) -> int:
+    """Cells that are vmapped together on such a device, by the size of the network's parameters.
+
+    `extra`: the names in `Hyperparams.extra`.
+    """
+    _, num_bytes, convolves = _size(model, ds, extra)
     cpu = device.platform == "cpu"
     if cpu and convolves:
         # Most convolutions are trained as products (`bnjax.convolution`), which gain nothing from a width: a network of
@@ -41,21 +44,29 @@ def width_of(model: Model, ds: Dataset, device: jax.Device) -> int:
     return 2 ** int(math.log2(min(most, max(1, memory // max(3 * num_bytes, 1)))))
 
 
-def segment_of(model: Model, ds: Dataset, config: TrainConfig, width: int, device: jax.Device) -> int:
+def segment_of(
+    model: Model,
+    ds: Dataset,
+    config: TrainConfig,
+    width: int,
+    device: jax.Device,
+    extra: tuple[str, ...] = (),
+) -> int:
     """Most steps in one call of the compiled program, for it to take about a minute."""
     flops = CPU_FLOPS if device.platform == "cpu" else ACCELERATOR_FLOPS
-    step_seconds = width * 6 * max(_size(model, ds)[0], 1) * config.batch_size / flops
+    step_seconds = width * 6 * max(_size(model, ds, extra)[0], 1) * config.batch_size / flops
     return max(1, int(SEGMENT_SECONDS / step_seconds))
 
 
-def _size(model, ds):
+def _size(model, ds, extra):
     """The number of parameters, their bytes, and whether there are convolutions."""
     x = jax.ShapeDtypeStruct((2, *ds.train_x.shape[1:]), ds.train_x.dtype)
-    return _size_at(model.init, model.apply, x)
+    return _size_at(model.init, model.apply, extra, x)
 
 
-@functools.lru_cache(maxsize=16)
-def _size_at(init, apply, x):
+@functools.lru_cache(maxsize=256)
+def _size_at(init, apply, extra, x):
+    init, apply = (with_extra(function, some_of(extra)) for function in (init, apply))
     state = jax.eval_shape(lambda: init(jax.random.key(0), x.shape[1:], 1.0))
     program = jax.make_jaxpr(functools.partial(apply, train=False))(*state, x)
     leaves = [(math.prod(leaf.shape), leaf.dtype.itemsize) for leaf in jax.tree.leaves(state[0])]

@@ -16,12 +16,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bnjax import compilation
 from bnjax.sweeps.plan import memory, segment_of, width_of
 from bnjax.training import RunState, TrainConfig, check, make_run, make_train
-from bnjax.types import RANGES, ApplyFn, Dataset, Hyperparams, InitFn, Model, Probe, bound, range_of
+from bnjax.types import RANGES, ApplyFn, Dataset, Hyperparams, InitFn, Model, Probe, range_of
 
 AXIS = "group"  # of the vmap
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)
 def compiled(
     init: InitFn, apply: ApplyFn, config: TrainConfig, devices: tuple[jax.Device, ...], probe: Probe | None
 ) -> tuple[Callable, Callable]:
@@ -75,8 +75,8 @@ class Trainer(NamedTuple):
     @property
     def segment(self) -> int:
         """Most steps in one call of the compiled program."""
-        model = bound(self.model, dict.fromkeys(self.extra, 0.5))
-        return self.asked or segment_of(model, self.ds, self.config, self.width, self.devices[0])
+        size = (self.model, self.ds, self.config, self.width, self.devices[0], self.extra)
+        return self.asked or segment_of(*size)
 
     @property
     def programs(self) -> tuple[Callable[..., RunState], Callable[..., RunState]]:
@@ -136,8 +136,9 @@ def trainers(
     devices = tuple(jax.local_devices() if devices is None else devices)
     if not devices:
         raise ValueError("devices must be at least one (None: all local ones), got an empty list")
-    for one in models.values():
-        check(one, ds, config, extra)
+    read = [check(one, ds, config, extra) for one in models.values()]
+    if unread := sorted({*extra}.difference(*read)):
+        raise ValueError(f"nothing reads {unread} in extra: neither a network, nor the loss or the optimizer")
     ds = jax.device_put(ds, NamedSharding(Mesh(np.asarray(devices), ("cells",)), PartitionSpec()))
     return {
         name: Trainer(
@@ -146,7 +147,7 @@ def trainers(
             config,
             probes[name],
             devices,
-            width or width_of(bound(one, extra), ds, devices[0]),
+            width or width_of(one, ds, devices[0], (*extra,)),
             (*extra,),
             segment,
         )
@@ -160,7 +161,7 @@ def memory_needed(trainer: Trainer) -> int:
     return len(trainer.devices) * _memory_needed(*trainer.programs, trainer.group, trainer.extra, shapes)
 
 
-@functools.lru_cache(maxsize=16)  # the compiler takes some 50 ms to answer
+@functools.lru_cache(maxsize=256)  # the compiler takes some 50 ms to answer
 def _memory_needed(start, advance, group, extra, ds):
     cells, state = _shapes(start, group, extra, ds)
     split = NamedSharding(ds.train_x.sharding.mesh, PartitionSpec("cells"))
@@ -226,13 +227,14 @@ def _shapes(start, group, extra, ds):
     return cells, start.eval_shape(cells, ds)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=256)
 def _text(init, apply, config, probe, extra, shapes):
     hyper = Hyperparams.from_named(
         {name: jax.ShapeDtypeStruct((), range_of(name).dtype) for name in (*RANGES, *extra)}
     )
     lowered = jax.jit(make_train(Model(init, apply), config, probe)).lower(hyper, shapes)
-    return hashlib.blake2b(lowered.as_text().encode(), digest_size=16).hexdigest()
+    text = lowered.as_text() + " ".join(sorted(extra))  # one that is not used is not in the program
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def in_groups(places: np.ndarray, size: int) -> list[np.ndarray]:

@@ -46,6 +46,7 @@ VARIABLES = {
         (), "int32", {"long_name": "first step with a loss that is not finite; -1: none"}
     ),
 }
+RESERVED = ("model", "step", "probe_step", "layer", "done", "bnjax", "zarr.json")
 GROUPS = 64  # calls of the compiled program that are committed together, at most
 A_YEAR = 365 * 24 * 3600 * 1000  # in milliseconds
 _calls = itertools.count()  # of `_together`: the same in all processes of a job
@@ -136,7 +137,7 @@ def sweep(
     if not (number and checkpoint_minutes >= 0):
         raise ValueError(f"checkpoint_minutes must be a number of at least 0, got {checkpoint_minutes!r}")
     static = {}
-    if callable(model) and not is_network(model):
+    if static_axes.is_maker(model):
         static, axes = static_axes.split(model, axes, hyper)
         model = static_axes.networks(model, static) if static else model()
     models = _models(model, "seed" in axes)
@@ -358,6 +359,8 @@ def _probes(probe, models):
             f"each of the models {list(models)}" if list(models) != [""] else "the one model, and no mapping"
         )
         raise ValueError(f"probe must be one for {names}, got {list(found)}")
+    if odd := [one for one in found.values() if not isinstance(one, Probe | None)]:
+        raise ValueError(f"probe must be a bnjax.Probe, got {type(odd[0]).__name__}")
     return {name: one and one._replace(layers=_layers(one.layers)) for name, one in found.items()}
 
 
@@ -372,7 +375,7 @@ def _layers(names):
 def _variables(probe_of, models, ds, config, names, extra):
     """(the results' variables, the coordinates beside the model and the axes of those names), checked."""
     variables, further = dict(VARIABLES), {"step": config.eval_steps}
-    if clash := {*names} & {*variables, "model", "step", "probe_step", "layer", "done"}:
+    if clash := {*names} & {*variables, *RESERVED}:
         raise ValueError(f"axes must not have the names {sorted(clash)}, which results have anyway")
     kind = {"cross_entropy": " (cross-entropy, nats)", "squared": " (squared, mean over outputs)"}.get(
         config.loss, ""
@@ -383,7 +386,7 @@ def _variables(probe_of, models, ds, config, names, extra):
         )
     if not np.issubdtype(ds.train_y.dtype, np.integer):
         del variables["train_accuracy"], variables["test_accuracy"]
-    taken = {*variables, *names, "model", "step", "probe_step", "layer", "done", "bnjax", "zarr.json"}
+    taken = {*variables, *names, *RESERVED}
     measured = [
         one and (one.layers, _measured(one, models[name], ds, extra)) for name, one in probe_of.items()
     ]

@@ -1,5 +1,6 @@
 """Axes that are keywords of a function that makes networks: each combination of their values is a network."""
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Mapping
@@ -13,6 +14,11 @@ from bnjax.types import Hyperparams
 PREFIX = "model."  # before a keyword that has the name of a hyperparameter, too
 
 
+def is_maker(value: Any) -> bool:
+    """A function, method or class; not whatever can be called."""
+    return inspect.isroutine(value) or isinstance(value, type | functools.partial)
+
+
 def split(
     make_model: Callable, axes: Mapping[str, Iterable], hyper: Hyperparams
 ) -> tuple[dict[str, list], dict[str, Iterable]]:
@@ -24,11 +30,13 @@ def split(
     """
     arguments = _arguments(make_model)
     keywords = {one.name for one in arguments if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    if {"parent", "name"} <= keywords:  # of a linen module, which sets them itself
+        keywords -= {"parent", "name"}
     takes_any = any(one.kind is one.VAR_KEYWORD for one in arguments)
     static, others = {}, {}
     for axis, values in axes.items():
         if axis in hyper.named():
-            if axis in keywords:
+            if axis in keywords and PREFIX + axis not in axes:
                 raise ValueError(
                     f"axis {axis} is a hyperparameter and an argument of the function that makes the network: "
                     f"name the axis {PREFIX + axis!r}, or give a function without the argument"
@@ -63,6 +71,8 @@ def networks(make_model: Callable, static: Mapping[str, list]) -> dict[str, Any]
 
 def _arguments(make_model):
     """Of a class those of its `__init__`: metaclasses hide them."""
+    if getattr(make_model, "__init__", None) is object.__init__:
+        return []
     if isinstance(make_model, type):
         return [*inspect.signature(make_model.__init__).parameters.values()][1:]
     return [*inspect.signature(make_model).parameters.values()]
@@ -84,4 +94,4 @@ def _checked(axis, values):
         raise ValueError(f"axis {axis} takes numbers, or strings, got {values!r}")
     if not len(array) or len(np.unique(array)) < len(array):
         raise ValueError(f"axis {axis} takes different values, at least one, got {values!r}")
-    return array.tolist()  # JSON holds no numbers of NumPy
+    return [value.item() if isinstance(value, np.generic) else value for value in values]  # for JSON

@@ -48,8 +48,13 @@ def pack(identity: str, cells: Hyperparams, arrays: Mapping[str, np.ndarray], *,
     """A part, or the state of a group: its content."""
     text = io.BytesIO()
     save = np.savez_compressed if compress else np.savez
-    save(text, identity=np.array(identity), **{f"cell {n}": v for n, v in cells.named().items()}, **arrays)
+    save(text, identity=np.array(identity), **{_cell(n): v for n, v in cells.named().items()}, **arrays)
     return text.getvalue()
+
+
+def _cell(name):
+    """What a hyperparameter is called there; no variable has a "/"."""
+    return f"cell {name}" if name in RANGES else f"cell/{name}"
 
 
 def unpack(name: str, data: bytes) -> tuple[str, Hyperparams, dict[str, np.ndarray]]:
@@ -59,13 +64,10 @@ def unpack(name: str, data: bytes) -> tuple[str, Hyperparams, dict[str, np.ndarr
         raise Damaged("is not what was stored")
     with np.load(io.BytesIO(data), allow_pickle=False) as found:
         arrays = dict(found)
-    fields = {name.removeprefix("cell "): arrays.pop(name) for name in [*arrays] if name.startswith("cell ")}
+    names = [*RANGES, *(name.removeprefix("cell/") for name in arrays if name.startswith("cell/"))]
+    fields = {name: arrays.pop(_cell(name)) for name in names}
     cells = Hyperparams.from_named(fields)
-    if (
-        str(arrays.pop("identity")) != identity
-        or not {*RANGES} <= {*fields}
-        or {a.shape for a in fields.values()} != {(len(cells.seed),)}
-    ):
+    if str(arrays.pop("identity")) != identity or {a.shape for a in fields.values()} != {(len(cells.seed),)}:
         raise Damaged("is of another sweep")
     return identity, cells, arrays
 
