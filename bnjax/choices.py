@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 NO_ALIASES: Mapping[str, str] = MappingProxyType({})
+LONGEST_NAME = 255  # bytes, of a file's on most systems
 NOT_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -42,10 +43,11 @@ def choose(
 
 def check_name(argument: str, name: Any) -> None:
     """Raises a ValueError unless results can be stored under this name, which may become a file's."""
-    if not isinstance(name, str) or name in ("", ".", "..") or NOT_IN_NAMES.search(name):
+    odd = not isinstance(name, str) or name in ("", ".", "..") or NOT_IN_NAMES.search(name)
+    if odd or len(name.encode()) > LONGEST_NAME:
         raise ValueError(
             f"{argument} must be a string that can name a file (not empty, '.' or '..'; no '/', control characters or "
-            f"surrogates), got {name!r}"
+            f"surrogates; at most {LONGEST_NAME} bytes), got {name!r}"
         )
 
 

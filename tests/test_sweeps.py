@@ -234,7 +234,7 @@ class TestRefusedBeforeAnyWork:
 
         return check
 
-    NAMES = ("a/b", "", None, 1, 0.5, True, "a\0b", "a\nb", ".", "..", "\ud800")
+    NAMES = ("a/b", "", None, 1, 0.5, True, "a\0b", "a\nb", ".", "..", "\ud800", 128 * "ü")
 
     @pytest.mark.parametrize("name", NAMES)
     def test_names_of_models(self, refused, name):
