@@ -24,6 +24,7 @@ ORDER = [
     "version",
     "choices",
     "tables",
+    "findings",
     "compilation",
     "convolution",
     "dataflow",

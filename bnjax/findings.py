@@ -1,0 +1,183 @@
+"""Claims that numbers bear out, or not: of papers, of experiments, of a user's own network.
+
+A `Check` holds a number, one or one per seed, to a bound. A `Finding` is a claim with the checks that it stands or
+falls with. Tables, JSON and verdicts are made of the numbers that were judged, so that none is written twice.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+RESAMPLES = 10_000  # of the bootstrap
+HOLDS = ("median", "all", "interval")
+# {unit: (factor, format, what follows)}; other units follow a plain number.
+UNITS = {"%": (100, ".1f", "%"), "points": (100, "+.1f", " points"), "": (1, "", "")}
+
+
+def number(value: float | int, unit: str = "") -> str:
+    """Three digits and the unit: 0.0123, 1.5e-4 and 12 degrees; of fractions 81.4% and +3.2 points."""
+    factor, form, after = UNITS.get(unit, (1, "", f" {unit}"))
+    value = factor * float(value)
+    if form and math.isfinite(value):
+        return f"{value:{form}}{after}"
+    if value == 0 or not math.isfinite(value) or 0.01 <= abs(value) < 1000:
+        return f"{value:.3g}{after}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}{after}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A statement about a number, and the bound that decides it.
+
+    Attributes:
+      statement: in words, with the bound.
+      value: the number, or one per seed; NaN counts as out of bounds.
+      unit: "", "%" (of a fraction), "points" (a difference of fractions), or a word such as "degrees".
+      below, above, within: the bound, one of the three; `within` is (lowest, highest). What is equal to it is inside.
+      holds: what has to be inside: the "median" over seeds, "all" seeds, or the mean's 95% "interval".
+      step: of the grid that the value was read from: it could be as much lower or higher.
+    """
+
+    statement: str
+    value: float | int | Sequence[float | int] | np.ndarray
+    _: dataclasses.KW_ONLY
+    unit: str = ""
+    below: float | int | None = None
+    above: float | int | None = None
+    within: tuple[float | int, float | int] | None = None
+    holds: str = "median"
+    step: float | int = 0.0
+
+    def __post_init__(self):
+        given = [name for name in ("below", "above", "within") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"{self.statement!r} needs one of below, above and within, got {given}")
+        if self.holds not in HOLDS:
+            raise ValueError(f"holds must be one of {', '.join(HOLDS)}, got {self.holds!r}")
+        if not self.values.size:
+            raise ValueError(f"{self.statement!r} has no value")
+
+    @property
+    def values(self) -> np.ndarray:
+        """[seeds]."""
+        return np.atleast_1d(np.asarray(self.value, float)).ravel()
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(lowest, highest) that is allowed."""
+        if self.within is not None:
+            return float(self.within[0]), float(self.within[1])
+        return (
+            -math.inf if self.above is None else float(self.above),
+            math.inf if self.below is None else float(self.below),
+        )
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Where the number that decides is: over seeds, and by a step of its grid to either side.
+
+        The 2.5th and 97.5th percentile of the bootstrap over seeds (Efron 1979); for "all" the lowest and highest seed.
+        """
+        outside = math.inf if self.bounds[1] < math.inf else -math.inf
+        values = np.where(np.isnan(self.values), outside, self.values)
+        if self.holds != "all" and len(values) > 1:
+            draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+            statistic = np.median if self.holds == "median" else np.mean
+            values = np.quantile(statistic(values[draws], axis=1), (0.025, 0.975), method="nearest")
+        return float(values.min() - self.step), float(values.max() + self.step)
+
+    @property
+    def status(self) -> str:
+        """Either "holds", "fails", or "undecided" where the interval contains a bound."""
+        (low, high), (start, end) = self.bounds, self.interval
+        if low <= start and end <= high:
+            return "holds"
+        return "fails" if end < low or start > high else "undecided"
+
+    @property
+    def measured(self) -> str:
+        """`median [lowest, highest]` of the seeds."""
+        values = self.values
+        if len(values) == 1:
+            return number(values[0], self.unit)
+        low, high = (number(value, self.unit) for value in (values.min(), values.max()))
+        return f"{number(np.median(values), self.unit)} [{low}, {high}]"
+
+    @property
+    def bound(self) -> str:
+        """In words."""
+        if self.within is not None:
+            return " to ".join(number(value, self.unit) for value in self.within)
+        side, value = ("below", self.below) if self.above is None else ("above", self.above)
+        return f"{side} {number(value, self.unit)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """What is stored of it."""
+        values = self.values
+        return {
+            "statement": self.statement,
+            "value": _plain(np.median(values)),
+            "spread": [_plain(values.min()), _plain(values.max())],
+            "unit": self.unit,
+            "bound": [_plain(value) for value in self.bounds],
+            "holds": {"holds": True, "fails": False, "undecided": None}[self.status],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A claim and what was measured of it.
+
+    Attributes:
+      claim: one sentence.
+      source: who made it.
+      checks: what it stands or falls with.
+      note: what was measured beside, in words.
+      code, layer, action: of a finding about a user's network: its kind, where, and what to do.
+    """
+
+    claim: str
+    source: str = ""
+    checks: Sequence[Check] = ()
+    note: str = ""
+    code: str = ""
+    layer: str = ""
+    action: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """What is stored of it."""
+        words = {name: getattr(self, name) for name in ("claim", "source", "note", "code", "layer", "action")}
+        return {
+            **{name: text for name, text in words.items() if text},
+            "verdict": verdict(self),
+            "checks": [check.as_json() for check in self.checks],
+        }
+
+
+def verdict(finding: Finding) -> str:
+    """What the checks say of the claim.
+
+    "supported" if all hold, "not supported" if some fail and none holds, "partly supported; not so: ..." if some fail;
+    "undecided: ..." if none fails and the numbers do not decide some. Without checks: "not judged".
+    """
+    by_status: Mapping[str, list[str]] = {"holds": [], "fails": [], "undecided": []}
+    for check in finding.checks:
+        by_status[check.status].append(check.statement)
+    if not finding.checks:
+        return "not judged"
+    if by_status["fails"]:
+        if not by_status["holds"]:
+            return "not supported"
+        return f"partly supported; not so: {'; '.join(by_status['fails'])}"
+    return f"undecided: {'; '.join(by_status['undecided'])}" if by_status["undecided"] else "supported"
+
+
+def _plain(value):
+    """A number that JSON holds; infinite ones and NaN as text."""
+    value = float(value)
+    return value if math.isfinite(value) else json.dumps(value)
