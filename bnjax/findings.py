@@ -20,14 +20,26 @@ UNITS = {"%": (100, ".1f", "%"), "points": (100, "+.1f", " points"), "": (1, "",
 
 def number(value: float | int, unit: str = "") -> str:
     """Three digits and the unit: 0.0123, 1.5e-4 and 12 degrees; of fractions 81.4% and +3.2 points."""
+    return spread([value], unit)
+
+
+def spread(values: Sequence[float | int] | np.ndarray, unit: str = "") -> str:
+    """`median [lowest, highest]` and the unit; of one value the value."""
     factor, form, after = UNITS.get(unit, (1, "", f" {unit}"))
-    value = factor * float(value)
+    values = factor * np.asarray(values, float).ravel()
+    middle, low, high = (_digits(value, form) for value in (np.median(values), values.min(), values.max()))
+    percent = after if after == "%" else ""
+    several = f" [{low}{percent}, {high}{percent}]" if len(values) > 1 else ""
+    return f"{middle}{percent}{several}{after.removeprefix(percent) if percent else after}"
+
+
+def _digits(value, form):
     if form and math.isfinite(value):
-        return f"{value:{form}}{after}"
+        return f"{value:{form}}"
     if value == 0 or not math.isfinite(value) or 0.01 <= abs(value) < 1000:
-        return f"{value:.3g}{after}"
+        return f"{value:.3g}"
     mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}{after}"
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +114,14 @@ class Check:
     @property
     def measured(self) -> str:
         """`median [lowest, highest]` of the seeds."""
-        values = self.values
-        if len(values) == 1:
-            return number(values[0], self.unit)
-        low, high = (number(value, self.unit) for value in (values.min(), values.max()))
-        return f"{number(np.median(values), self.unit)} [{low}, {high}]"
+        return spread(self.values, self.unit)
 
     @property
     def bound(self) -> str:
         """In words."""
         if self.within is not None:
-            return " to ".join(number(value, self.unit) for value in self.within)
+            low, high = (number(value, "%" if self.unit == "%" else "") for value in self.within)
+            return f"{low} to {high}"
         side, value = ("below", self.below) if self.above is None else ("above", self.above)
         return f"{side} {number(value, self.unit)}"
 

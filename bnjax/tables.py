@@ -1,4 +1,4 @@
-"""Tables in text, of at most 80 columns; and figures by layer, which print as one."""
+"""Tables in text; and figures by layer, which print as one."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -10,14 +10,14 @@ import rich.console
 import rich.table
 
 
-def text(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def text(header: Sequence[str], rows: Iterable[Sequence[str]], columns: int = 80) -> str:
     """Aligned columns under a line; what is too long is broken into lines."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for title in header:
         table.add_column(title, overflow="fold")
     for row in rows:
         table.add_row(*map(rich.text.Text, row))
-    console = rich.console.Console(width=80, color_system=None, force_jupyter=False)
+    console = rich.console.Console(width=columns, color_system=None, force_jupyter=False)
     with console.capture() as captured:
         console.print(table)
     return "\n".join(line.rstrip() for line in captured.get().rstrip().splitlines())

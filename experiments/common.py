@@ -165,7 +165,7 @@ def maker(path: Path) -> str | None:
             return None
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    found = re.search(r"made by `python -m experiments\.(\w+)[ `]", words)
+    found = re.search(r"(?:made by `|\"command\": \")python -m experiments\.(\w+)[ `\"]", words)
     return found and found[1]
 
 
@@ -212,7 +212,7 @@ def save(what: Any, path: Path, script: str, *, overwrite: bool = True) -> Path:
     """Puts results, a figure or a table where `check_out` allowed it, with the script's command.
 
     Args:
-      what: an xarray.Dataset, a matplotlib figure or Markdown.
+      what: an xarray.Dataset, a matplotlib figure, Markdown or what JSON holds.
       path: where; what a symbolic link points to, if it is one.
       script: its name.
       overwrite: as for `check_out`.
@@ -227,6 +227,8 @@ def save(what: Any, path: Path, script: str, *, overwrite: bool = True) -> Path:
     if isinstance(what, xr.Dataset):
         export.save(what.assign_attrs(command=made_by), new)
         move = export.replace
+    elif isinstance(what, dict):
+        new.write_text(json.dumps({"command": made_by, **what}, indent=1, ensure_ascii=False) + "\n")
     elif isinstance(what, str):
         new.write_text(f"<!-- {_made_by(made_by)} -->\n\n{what}")
     else:

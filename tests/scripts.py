@@ -6,11 +6,16 @@ import sys
 from absl import flags
 
 
-def load(name):
-    """The module `experiments.<name>`, its flags defined and those of no other script."""
-    for module in [m for m in sys.modules if m.startswith("experiments.")]:
+def forget(*modules):
+    """Removes the flags of all scripts, and of these modules."""
+    for module in [*modules, *(m for m in sys.modules if m.startswith("experiments."))]:
         for flag in flags.FLAGS.get_flags_for_module(module):
             delattr(flags.FLAGS, flag.name)
+
+
+def load(name):
+    """The module `experiments.<name>`, its flags defined and those of no other script."""
+    forget()
     full_name = f"experiments.{name}"
     if full_name in sys.modules:
         return importlib.reload(sys.modules[full_name])

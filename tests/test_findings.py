@@ -80,6 +80,8 @@ def test_text_is_made_of_the_numbers_that_are_judged():
     assert check.bound == "above 50.0%"
     assert Check("x", 1.0, within=(0.5, 2)).bound == "0.5 to 2"
     assert Check("x", 1.0, below=2).measured == "1"
+    assert Check("x", [10, 20, 30], below=25, unit="decades").measured == "20 [10, 30] decades"
+    assert Check("x", [0.1, 0.2, 0.3], within=(0, 1), unit="points").measured == "+20.0 [+10.0, +30.0] points"
     found = check.as_json()
     assert found["value"] == 0.8
     assert found["spread"] == [0.7, 0.9]

@@ -42,6 +42,7 @@ ORDER = [
     "interop.torch",
     "networks",
     "theory.mean_field",
+    "theory.random_matrices",
     "theory",
     "probes",
     "data.standardization",

@@ -1,0 +1,151 @@
+"""The claims of all scripts at tiny settings, and the mechanism: settings as flags, reports, failures."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import xarray as xr
+from absl import flags
+from scripts import forget, load
+
+import bnjax
+import experiments.claim
+from bnjax.findings import Check, Finding
+from experiments import common, papers, settings, table
+from experiments.claim import Claim
+from experiments.settings import require, setting
+
+CLAIMS = {f"papers.{one.name}": one for one in papers.CLAIMS}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_at_tiny_settings(name, tmp_path, capsys):
+    """It is measured, stored, judged, drawn and reported."""
+    script, one = name.split(".")[0], CLAIMS[name]
+    load(f"{script}.__main__")
+    flags.FLAGS(["test", f"--out={tmp_path}"])
+    assert experiments.claim.run(script, [(one, one.tiny)], None, tmp_path) == ""
+    out = capsys.readouterr().out
+    assert max(map(len, out.replace(str(tmp_path), "").splitlines())) <= table.COLUMNS
+    assert bnjax.load_results(tmp_path / f"{one.name}.zarr").attrs["claim"] == one.name
+    assert (tmp_path / f"{one.name}.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / f"{script}.json").read_text())
+    findings = report["claims"][one.name]["findings"]
+    assert report["command"].startswith(f"python -m experiments.{script}")
+    for found in findings:
+        assert found["verdict"] in out.replace("\n    ", " ")
+        assert found["claim"]
+        for check in found["checks"]:
+            assert {"statement", "value", "spread", "bound", "holds"} <= {*check}
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    steps: int = setting(10, "Steps.")
+    rates: tuple[float, ...] = setting((0.1, 1.0), "Rates.")
+    seeds: tuple[int, ...] = setting((0, 1), "Seeds.", common.parse_seeds)
+
+    def __post_init__(self):
+        require(self.steps > 0, "steps", f"must be above 0, got {self.steps}")
+
+
+def claim(name, *, steps=10, measured=1.0, must_hold=False):
+    def measure(values, ds):
+        if measured is None:
+            raise RuntimeError("no luck")
+        return xr.Dataset(
+            {"value": ("seed", np.full(len(values.seeds), measured))}, {"seed": list(values.seeds)}
+        )
+
+    def judge(results, values):
+        return [Finding(f"{name} is small", checks=[Check("below 2", results.value.values, below=2)])]
+
+    quick = Own(steps=steps)
+    return Claim(
+        name, "Is it?", "", Own, quick, dataclasses.replace(quick, steps=1000), quick, measure, judge,
+        lambda results, values: None, must_hold=must_hold,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A function that makes a script of these claims, runs it with these flags, and returns its report by claim."""
+    out = tmp_path / "out"
+
+    def call(*claims, **options):
+        forget(__name__)
+        main = experiments.claim.script("papers", claims)
+        words = [f"--{name}={value}" for name, value in ({"out": out} | options).items()]
+        main(flags.FLAGS(["papers", *words]))
+        return report()
+
+    def report():
+        return json.loads((out / "papers.json").read_text())["claims"]
+
+    call.report, call.out = report, out
+    yield call
+    forget(__name__)
+
+
+def test_what_is_the_same_in_all_claims_is_one_flag(script):
+    found = script(claim("a"), claim("b"), seeds="0:3", steps=5)
+    assert {name: one["settings"]["steps"] for name, one in found.items()} == {"a": 5, "b": 5}
+    assert found["a"]["settings"]["seeds"] == [0, 1, 2]
+    assert found["a"]["findings"][0]["verdict"] == "supported"
+
+
+def test_what_differs_is_a_flag_for_each(script):
+    found = script(claim("a"), claim("b", steps=20), **{"b.steps": 7}, claims="b")
+    assert list(found) == ["b"]
+    assert found["b"]["settings"]["steps"] == 7
+    assert "steps" not in flags.FLAGS
+    assert "Default: 20; with --full, 1000." in flags.FLAGS["b.steps"].help
+    assert script(claim("a"), full=True)["a"]["settings"]["steps"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"claims": "c"}, "unknown claim in --claims 'c'.*allowed: a, b"),
+        ({"claims": "a,a"}, "--claims names one twice: a,a"),
+        ({"claims": ""}, "--claims is empty; allowed: a, b"),
+        ({"a.steps": 0}, "--a.steps must be above 0, got 0"),
+        ({"rates": "1,x"}, "--rates takes numbers"),
+        ({"seeds": "-1"}, "--seeds takes a count"),
+    ],
+)
+def test_refused(script, options, message):
+    with pytest.raises(SystemExit, match=f"error: {message}"):
+        script(claim("a"), claim("b", steps=20), **options)
+    assert not script.out.exists()
+
+
+def test_one_that_ends_in_an_error_leaves_the_others_stored(script, capsys):
+    with pytest.raises(SystemExit, match="error: b ended in an error"):
+        script(claim("a"), claim("b", measured=None), claim("c"))
+    assert list(script.report()) == ["a", "c"]
+    assert bnjax.load_results(script.out / "c.zarr").attrs["claim"] == "c"
+    assert "RuntimeError: no luck" in capsys.readouterr().err
+
+
+def test_one_that_must_hold(script):
+    with pytest.raises(SystemExit, match="error: a must hold, but: a is small"):
+        script(claim("a", measured=3.0, must_hold=True))
+    assert script.report()["a"]["findings"][0]["verdict"] == "not supported"
+    assert script(claim("a", measured=3.0))["a"]["findings"][0]["verdict"] == "not supported"
+
+
+def test_results_of_others_stay(script):
+    script.out.mkdir()
+    (script.out / "papers.json").write_text('{"command": "python -m experiments.other"}')
+    with pytest.raises(SystemExit, match=r"holds papers.json, made by experiments\.other"):
+        script(claim("a"))
+    assert [path.name for path in script.out.iterdir()] == ["papers.json"]
+
+
+def test_counts():
+    assert settings.parse_counts("n", "5,1") == [1, 5]
+    for text in ("", "0,1", "1,1", "1.5", "a"):
+        with pytest.raises(ValueError, match="--n takes different numbers"):
+            settings.parse_counts("n", text)
