@@ -848,7 +848,7 @@ def test_segments_are_those_of_the_width(sweep, monkeypatch):
         return whole(trainer, *args)
 
     monkeypatch.setattr(program, "run_group", noted)
-    monkeypatch.setattr(program, "segment_of", lambda model, ds, config, width, device: 16 // width)
+    monkeypatch.setattr(program, "segment_of", lambda model, ds, config, width, device, extra: 16 // width)
     sweep(FEW, segment=None)
     sweep(MORE, width=None, segment=None)
     monkeypatch.setattr(program, "memory_needed", lambda trainer: 2**50 if trainer.width > 1 else 0)
