@@ -184,7 +184,7 @@ def describe(
     return _described(model.init, model.apply, tuple(input_shape), names)
 
 
-@functools.lru_cache(maxsize=256)  # each sweep asks for it
+@functools.lru_cache(maxsize=64)  # each sweep asks for it
 def _described(draw, apply, input_shape, names):
     draw, apply = (with_extra(function, some_of(names)) for function in (draw, apply))
 

@@ -64,7 +64,7 @@ def _size(model, ds, extra):
     return _size_at(model.init, model.apply, extra, x)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _size_at(init, apply, extra, x):
     init, apply = (with_extra(function, some_of(extra)) for function in (init, apply))
     state = jax.eval_shape(lambda: init(jax.random.key(0), x.shape[1:], 1.0))

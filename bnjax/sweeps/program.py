@@ -21,7 +21,7 @@ from bnjax.types import RANGES, ApplyFn, Dataset, Hyperparams, InitFn, Model, Pr
 AXIS = "group"  # of the vmap
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)  # some hundred programs in one process end in an abort within LLVM
 def compiled(
     init: InitFn, apply: ApplyFn, config: TrainConfig, devices: tuple[jax.Device, ...], probe: Probe | None
 ) -> tuple[Callable, Callable]:
@@ -161,7 +161,7 @@ def memory_needed(trainer: Trainer) -> int:
     return len(trainer.devices) * _memory_needed(*trainer.programs, trainer.group, trainer.extra, shapes)
 
 
-@functools.lru_cache(maxsize=256)  # the compiler takes some 50 ms to answer
+@functools.lru_cache(maxsize=32)  # the compiler takes some 50 ms to answer
 def _memory_needed(start, advance, group, extra, ds):
     cells, state = _shapes(start, group, extra, ds)
     split = NamedSharding(ds.train_x.sharding.mesh, PartitionSpec("cells"))
@@ -227,7 +227,7 @@ def _shapes(start, group, extra, ds):
     return cells, start.eval_shape(cells, ds)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _text(init, apply, config, probe, extra, shapes):
     hyper = Hyperparams.from_named(
         {name: jax.ShapeDtypeStruct((), range_of(name).dtype) for name in (*RANGES, *extra)}
