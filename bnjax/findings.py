@@ -14,8 +14,8 @@ import numpy as np
 
 RESAMPLES = 10_000  # of the bootstrap
 HOLDS = ("median", "all", "interval")
-# {unit: (factor, format, what follows)}; other units follow a plain number.
-UNITS = {"%": (100, ".1f", "%"), "points": (100, "+.1f", " points"), "": (1, "", "")}
+# {unit: (factor, format, what follows each number, what follows all)}; other units follow plain numbers.
+UNITS = {"%": (100, ".1f", "%", ""), "points": (100, "+.1f", "", " points"), "": (1, "", "", "")}
 
 
 def number(value: float | int, unit: str = "") -> str:
@@ -25,12 +25,10 @@ def number(value: float | int, unit: str = "") -> str:
 
 def spread(values: Sequence[float | int] | np.ndarray, unit: str = "") -> str:
     """`median [lowest, highest]` and the unit; of one value the value."""
-    factor, form, after = UNITS.get(unit, (1, "", f" {unit}"))
+    factor, form, each, after = UNITS.get(unit, (1, "", "", f" {unit}"))
     values = factor * np.asarray(values, float).ravel()
-    middle, low, high = (_digits(value, form) for value in (np.median(values), values.min(), values.max()))
-    percent = after if after == "%" else ""
-    several = f" [{low}{percent}, {high}{percent}]" if len(values) > 1 else ""
-    return f"{middle}{percent}{several}{after.removeprefix(percent) if percent else after}"
+    middle, low, high = (_digits(one, form) + each for one in (np.median(values), values.min(), values.max()))
+    return middle + f" [{low}, {high}]" * (len(values) > 1) + after
 
 
 def _digits(value, form):

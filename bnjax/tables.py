@@ -8,9 +8,12 @@ import jax
 import rich.box
 import rich.console
 import rich.table
+import rich.text
+
+COLUMNS = 80
 
 
-def text(header: Sequence[str], rows: Iterable[Sequence[str]], columns: int = 80) -> str:
+def text(header: Sequence[str], rows: Iterable[Sequence[str]], columns: int = COLUMNS) -> str:
     """Aligned columns under a line; what is too long is broken into lines."""
     table = rich.table.Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for title in header:

@@ -302,9 +302,8 @@ def make_run(
             order = jax.lax.cond(of_use, lambda: order_of(here), lambda: order)
             evaluation = jnp.where(number + 1 < num_evaluations, (number + 1) * every, config.steps)
             stop = jnp.minimum(jnp.minimum(evaluation, (here + 1) * steps_per_epoch), until)
-            if (
-                probe is not None
-            ):  # the first stretch has no step: so there is one place that measures, to be compiled
+            # Of a probed run the first stretch has no step, so that one place measures and is compiled.
+            if probe is not None:
                 begins = (step == 0) & (epoch < 0)
                 stop = jnp.where(begins, 0, stop)
             _, state = jax.lax.while_loop(

@@ -5,15 +5,12 @@ from collections.abc import Sequence
 
 from bnjax import tables
 from bnjax.findings import Finding, verdict
+from bnjax.tables import COLUMNS
 
-COLUMNS = 80
 
-
-def wrapped(text: str, indent: str = "", first: str | None = None) -> str:
+def wrapped(text: str, indent: str = "") -> str:
     """Broken into lines."""
-    return textwrap.fill(
-        text, COLUMNS, initial_indent=indent if first is None else first, subsequent_indent=indent
-    )
+    return textwrap.fill(text, COLUMNS, initial_indent=indent, subsequent_indent=indent)
 
 
 def findings_text(name: str, question: str, source: str, findings: Sequence[Finding]) -> str:
@@ -32,4 +29,4 @@ def findings_text(name: str, question: str, source: str, findings: Sequence[Find
 def summary(findings: Sequence[tuple[str, Finding]]) -> str:
     """One row for each finding: of which claim, what it says, the verdict."""
     rows = [(name, one.claim, verdict(one)) for name, one in findings]
-    return tables.text(("claim", "finding", "verdict"), rows, COLUMNS)
+    return tables.text(("claim", "finding", "verdict"), rows)

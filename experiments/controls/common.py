@@ -13,6 +13,7 @@ import xarray as xr
 
 import bnjax
 from bnjax import probes
+from bnjax.findings import number
 from bnjax.theory import mean_field
 
 MOMENTUM = 0.9  # the optimizer's
@@ -204,20 +205,12 @@ def spread(values: xr.DataArray, text: Callable[[float], str]) -> str:
 
 def percent(value: float) -> str:
     """A fraction as 81.4%."""
-    return f"{100 * value:.1f}%"
+    return number(value, "%")
 
 
 def points(value: float) -> str:
     """A difference of fractions as +3.2 points."""
     return f"{100 * value:+.1f}"
-
-
-def number(value: float) -> str:
-    """Two or three digits, 1e-4 for 0.0001."""
-    if value == 0 or not math.isfinite(value) or 0.01 <= abs(value) < 1000:
-        return f"{value:.3g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
 def slope(x, y) -> float:
