@@ -33,9 +33,7 @@ def check(argument: str, name: str, allowed: Iterable[str], aliases: Mapping[str
     raise ValueError(f"unknown {argument} {name!r}{hint}; allowed: {', '.join(allowed)}")
 
 
-def choose(
-    argument: str, name: str, table: Mapping[str, Value], aliases: Mapping[str, str] = NO_ALIASES
-) -> Value:
+def choose(argument: str, name: str, table: Mapping[str, Value], aliases: Mapping[str, str] = NO_ALIASES) -> Value:
     """`table[name]`, or the error of `check`."""
     check(argument, name, table, aliases)
     return table[name]

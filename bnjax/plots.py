@@ -30,12 +30,7 @@ class Figure(matplotlib.figure.Figure):
 
 
 def robustness(
-    accuracy: xr.DataArray,
-    *,
-    threshold: float,
-    chance: float,
-    baselines: Collection[str] = (),
-    title: str = "",
+    accuracy: xr.DataArray, *, threshold: float, chance: float, baselines: Collection[str] = (), title: str = ""
 ) -> Figure:
     """Final test accuracy against init_scale: per network the median and the spread over seeds.
 
@@ -85,11 +80,7 @@ def robustness(
             axes.set_xticks(10.0**decades)
     axes.grid(alpha=0.25)
     seeds = accuracy.sizes["seed"]
-    axes.legend(
-        title=f"median and range over {seeds} seeds" if seeds > 1 else "one seed",
-        fontsize=9,
-        title_fontsize=9,
-    )
+    axes.legend(title=f"median and range over {seeds} seeds" if seeds > 1 else "one seed", fontsize=9, title_fontsize=9)
     return figure
 
 
@@ -109,14 +100,10 @@ def jacobian(J: np.ndarray, spectrum: np.ndarray, numeric: np.ndarray, *, title:
     left, right = figure.subplots(1, 2)
     largest = max(float(np.abs(J).max()), np.finfo(float).tiny)
     image = left.imshow(J, cmap="PuOr", vmin=-largest, vmax=largest)
-    left.set(
-        xlabel="input sample j, x ascending", ylabel="output sample i", title="J = dy / dx of one feature"
-    )
+    left.set(xlabel="input sample j, x ascending", ylabel="output sample i", title="J = dy / dx of one feature")
     figure.colorbar(image, ax=left, label="dy_i / dx_j", location="left", pad=0.16)
     index = np.arange(1, len(spectrum) + 1)
-    right.plot(
-        index, numeric, "o", color=COLORS[0], markersize=9, fillstyle="none", label="autodiff, eigvalsh"
-    )
+    right.plot(index, numeric, "o", color=COLORS[0], markersize=9, fillstyle="none", label="autodiff, eigvalsh")
     right.plot(index, spectrum, "x", color=COLORS[1], label="closed form")
     right.axhline(0, color="0.4", linewidth=1, linestyle=":", zorder=1)
     right.set(xlabel="eigenvalue, in ascending order", ylabel="value (y-units per x-unit)", title="Spectrum")
@@ -205,9 +192,7 @@ class Panel(NamedTuple):
 
     title: str
     ylabel: str
-    series: Mapping[
-        str, xr.DataArray
-    ]  # over one dimension, and maybe "seed": then median and range are drawn
+    series: Mapping[str, xr.DataArray]  # over one dimension, and maybe "seed": then median and range are drawn
     xlabel: str = "init_scale"
     xscale: str = "log"
     yscale: str = "linear"
@@ -259,9 +244,7 @@ def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = Non
                 zorder=1.5 if theory else 2,
             )
         axes.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
-        axes.set(
-            xscale=panel.xscale if drawn["x"] else "linear", yscale=panel.yscale if drawn["y"] else "linear"
-        )
+        axes.set(xscale=panel.xscale if drawn["x"] else "linear", yscale=panel.yscale if drawn["y"] else "linear")
         for i, (name, x) in enumerate(panel.marks.items()):
             color = COLORS[i % len(COLORS)] if panel.paired else "0.3"
             axes.axvline(x, color=color, linewidth=1, linestyle=":", zorder=1)
@@ -271,9 +254,7 @@ def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = Non
         for name, y in panel.levels.items():
             axes.axhline(y, color="0.4", linewidth=1, linestyle=":", zorder=1)
             place = (1, y)  # at the right of the axes, where no line passes
-            axes.annotate(
-                f" {name}", place, xycoords=("axes fraction", "data"), fontsize=8, color="0.3", va="center"
-            )
+            axes.annotate(f" {name}", place, xycoords=("axes fraction", "data"), fontsize=8, color="0.3", va="center")
         axes.grid(alpha=0.25)
         axes.legend(fontsize=8)
     figure.suptitle(title)
@@ -314,9 +295,7 @@ def maps(
     for axes, name in zip(grid.ravel(), names, strict=False):
         one = values.sel(model=name).transpose("learning_rate", "init_scale")
         corners = [_edges(one[dim].values) for dim in ("init_scale", "learning_rate")]
-        mesh = axes.pcolormesh(
-            *corners, one, cmap="cividis", vmin=float(values.min()), vmax=float(values.max())
-        )
+        mesh = axes.pcolormesh(*corners, one, cmap="cividis", vmin=float(values.min()), vmax=float(values.max()))
         reached, starred = one.values >= level, np.zeros(one.shape, bool)
         if best is not None:
             starred = (one.learning_rate == best.sel(model=name)).transpose(*one.dims).values
@@ -332,20 +311,12 @@ def maps(
                 markersize=size,
                 label=words,
             )
-        axes.set(
-            xscale="log", yscale="log", xlabel="init_scale (factor of the initial weights)", title=str(name)
-        )
+        axes.set(xscale="log", yscale="log", xlabel="init_scale (factor of the initial weights)", title=str(name))
     for axes in grid[:, 0]:
         axes.set_ylabel("learning rate")
     figure.colorbar(mesh, ax=grid.ravel().tolist(), label=label)
     if any(labels):
-        figure.legend(
-            handles=grid[0, 0].lines,
-            loc="outside lower center",
-            ncols=2,
-            facecolor="0.8",
-            fontsize=9,
-        )
+        figure.legend(handles=grid[0, 0].lines, loc="outside lower center", ncols=2, facecolor="0.8", fontsize=9)
     figure.suptitle(_wrapped(title, figure), fontsize=TITLE_SIZE)
     return figure
 
@@ -375,17 +346,9 @@ def mean_field_growth(results: xr.Dataset) -> Figure:
         for part, fill, label in ((runs.z.notnull(), "full", str(name)), (runs.z.isnull(), "none", None)):
             some = runs.isel(batch_size=part.values)
             left.errorbar(
-                some.batch_size,
-                some.measured - 1,
-                some.error,
-                linestyle="",
-                label=label,
-                fillstyle=fill,
-                **style,
+                some.batch_size, some.measured - 1, some.error, linestyle="", label=label, fillstyle=fill, **style
             )
-        left.plot(
-            1.9 * runs.theory_batch_size[-1], runs.theory_infinite_batch - 1, "_", color=style["color"], ms=16
-        )
+        left.plot(1.9 * runs.theory_batch_size[-1], runs.theory_infinite_batch - 1, "_", color=style["color"], ms=16)
         right.plot(runs.batch_size * np.exp(spread[i]), runs.z, linestyle="", **style)
     left.set(
         xscale="log",
@@ -481,12 +444,8 @@ def flow_by_layer(rows: Mapping[str, xr.DataArray], *, names: Mapping[str, str],
             for i, scale in enumerate(values.init_scale.values):
                 runs = values.sel(norm=norm, init_scale=scale)
                 color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-                axes.fill_between(
-                    layers, runs.min("seed"), runs.max("seed"), color=color, alpha=0.2, linewidth=0
-                )
-                axes.plot(
-                    layers, runs.median("seed"), color=color, marker=marker, markersize=5, label=f"{scale:g}"
-                )
+                axes.fill_between(layers, runs.min("seed"), runs.max("seed"), color=color, alpha=0.2, linewidth=0)
+                axes.plot(layers, runs.median("seed"), color=color, marker=marker, markersize=5, label=f"{scale:g}")
             axes.set_yscale("log")
             axes.grid(alpha=0.25)
         row[0].set_ylabel(label)
@@ -552,11 +511,7 @@ def gradient_by_scale(
             slope, holds = powers.get(norm, (0, ()))
             first = median.sel(activation=activation, norm=norm).isel(layer=0)
             anchor = scales[np.argmin(np.abs(np.log(scales)))]
-            if (
-                activation in holds
-                and np.isfinite(first.sel(init_scale=anchor))
-                and first.sel(init_scale=anchor) > 0
-            ):
+            if activation in holds and np.isfinite(first.sel(init_scale=anchor)) and first.sel(init_scale=anchor) > 0:
                 axes.plot(
                     scales,
                     4 * float(first.sel(init_scale=anchor)) * (scales / anchor) ** float(slope),
@@ -566,9 +521,7 @@ def gradient_by_scale(
                     label=f"slope {slope:g}",
                 )
         if activation in starts:
-            axes.axvline(
-                starts[activation], color="0.4", linewidth=1, linestyle=":", label="BN's law from here"
-            )
+            axes.axvline(starts[activation], color="0.4", linewidth=1, linestyle=":", label="BN's law from here")
         axes.set(xscale="log", yscale="log", ylim=(low, high), xlabel="init_scale", title=activation)
         axes.set_xlim(scales[0], scales[-1])
         axes.grid(alpha=0.25)
@@ -621,12 +574,7 @@ def shares(ratios: xr.DataArray, *, title: str = "") -> Figure:
         if i == 0:  # the others are read off the axis
             for place, value in zip(x, middle, strict=True):
                 axes.annotate(
-                    f"{value:.0f}%",
-                    (place, value),
-                    (-7, 0),
-                    textcoords="offset points",
-                    ha="right",
-                    va="center",
+                    f"{value:.0f}%", (place, value), (-7, 0), textcoords="offset points", ha="right", va="center"
                 )
     axes.axhline(100, color="0.4", linewidth=1, linestyle=":", zorder=1)
     axes.set_xticks(places, ratios.workload.values)
@@ -638,7 +586,5 @@ def shares(ratios: xr.DataArray, *, title: str = "") -> Figure:
     axes.set_ylim(top=130)
     axes.set_title(title)
     axes.grid(alpha=0.25, axis="y")
-    figure.legend(
-        loc="outside lower center", ncols=len(names), fontsize=9, title="median and quartiles over rounds"
-    )
+    figure.legend(loc="outside lower center", ncols=len(names), fontsize=9, title="median and quartiles over rounds")
     return figure

@@ -28,19 +28,7 @@ from jax.experimental.sparse import linalg
 from bnjax import choices, compilation, tracing
 from bnjax.networks import as_model
 from bnjax.tables import ByLayer
-from bnjax.types import (
-    RANGES,
-    Array,
-    Dataset,
-    Hyperparams,
-    Model,
-    Probe,
-    PyTree,
-    Snapshot,
-    bound,
-    range_of,
-    with_extra,
-)
+from bnjax.types import RANGES, Array, Dataset, Hyperparams, Model, Probe, PyTree, Snapshot, bound, range_of, with_extra
 
 # Of a Jacobian that `singular_values` forms: 32 MB in float32, and some seconds for its singular values.
 LARGEST_JACOBIAN = 2**23
@@ -179,9 +167,7 @@ def weights(
         x, y = _first_examples(snapshot, batch_size)
 
         def loss_of(matrices):
-            outputs, _ = bound(model, snapshot.hyper.extra).apply(
-                *_with_kernels(*state, matrices), x, train=True
-            )
+            outputs, _ = bound(model, snapshot.hyper.extra).apply(*_with_kernels(*state, matrices), x, train=True)
             return with_extra(loss, snapshot.hyper.extra)(outputs, y)
 
         to_weights = jax.grad(loss_of)(now)
@@ -224,8 +210,7 @@ def flow(
         own_loss = with_extra(loss, extra)
         norms = gradients(*network, lambda outputs: own_loss(outputs, y), extra=extra).intermediates
         measured = {
-            quantity: jnp.stack([getattr(found[name], quantity) for name in names])
-            for quantity in Signal._fields
+            quantity: jnp.stack([getattr(found[name], quantity) for name in names]) for quantity in Signal._fields
         }
         return measured | {"gradient_norm": jnp.stack([norms[name] for name in names])}
 
@@ -240,9 +225,7 @@ def _check_batch_size(batch_size):
 def _first_examples(snapshot, batch_size):
     x, y = snapshot.ds.train_x, snapshot.ds.train_y
     if batch_size > len(x):
-        raise ValueError(
-            f"a probe's batch_size must be at most the {len(x)} training examples, got {batch_size}"
-        )
+        raise ValueError(f"a probe's batch_size must be at most the {len(x)} training examples, got {batch_size}")
     return jnp.asarray(x[:batch_size]), jnp.asarray(y[:batch_size])
 
 
@@ -335,9 +318,7 @@ def _saturated(show, offsets, saturation):
     """
     names = list(offsets)
     before = dict(zip(names[1:], names, strict=False))
-    _, reached = tracing.dependent(
-        lambda *values: show(dict(zip(names, values, strict=True))), *offsets.values()
-    )
+    _, reached = tracing.dependent(lambda *values: show(dict(zip(names, values, strict=True))), *offsets.values())
     like = {
         name: offsets[name]
         for i, name in enumerate(names[1:])
@@ -405,9 +386,7 @@ def gradients(
     """
     model = bound(as_model(model), extra)
     offsets = _offsets(model, params, batch_stats, x, train)
-    matrices = kernels(
-        params, batch_stats, tracing.read(model.apply, params, batch_stats, x, train=train).kernels
-    )
+    matrices = kernels(params, batch_stats, tracing.read(model.apply, params, batch_stats, x, train=train).kernels)
 
     def loss_of(offsets, matrices):
         state = _with_kernels(params, batch_stats, matrices)
@@ -464,9 +443,7 @@ def singular_values(
     if source is not None:
         choices.check("source", source, names)
         if names.index(target) < names.index(source):
-            raise ValueError(
-                f"target {target!r} comes before source {source!r}; the order is {', '.join(names)}"
-            )
+            raise ValueError(f"target {target!r} comes before source {source!r}; the order is {', '.join(names)}")
     at = jnp.asarray(x) if source is None else jnp.zeros(shapes[source].shape, shapes[source].dtype)
     columns, rows = at.size, shapes[target].size
 

@@ -86,13 +86,9 @@ def check(argv: list[str], folder: Path, page: Path | None) -> None:
     if page:
         tables = page.read_text().partition(BEGIN)[2].partition(END)[0]
         measured = [name for name in FLAGS.implementations if layers.find(layers.ALL[name])[0]]
-        lost = [
-            name for name in layers.ALL if f"| {layers.ALL[name].title} |" in tables and name not in measured
-        ]
+        lost = [name for name in layers.ALL if f"| {layers.ALL[name].title} |" in tables and name not in measured]
         if lost:
-            raise ValueError(
-                f"--docs={page} would lose its columns of {', '.join(lost)}: install the extra peers"
-            )
+            raise ValueError(f"--docs={page} would lose its columns of {', '.join(lost)}: install the extra peers")
 
 
 def measure(rows: list[Case], names: list[str]) -> Results:
@@ -147,11 +143,7 @@ def markdown(rows: list[Case], found: Found, results: Results) -> str:
     platform_name = jax.default_backend().upper()
     lines = [
         f"Measured with Python {platform.python_version()} and jax {jax.__version__} on a {platform_name}. {LEGEND}",
-        *(
-            "",
-            "| | " + " | ".join(heading(name, found) for name in found) + " |",
-            "|---|" + "---|" * len(found),
-        ),
+        *("", "| | " + " | ".join(heading(name, found) for name in found) + " |", "|---|" + "---|" * len(found)),
     ]
     for status in STYLES:
         counts = (count(results[name], status) if name in results else "" for name in found)

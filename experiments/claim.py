@@ -143,9 +143,7 @@ def run(name: str, jobs: Sequence[tuple[Claim, Any]], ds: bnjax.Dataset | None, 
         spent, done = time.monotonic() - start, sum(each.share for each, _ in jobs[: i + 1])
         left = spent * (total - done) / done
         print(
-            f"{i + 1} of {len(jobs)} claims, {spent:.0f} s so far, some {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
+            f"{i + 1} of {len(jobs)} claims, {spent:.0f} s so far, some {left:.0f} s left", file=sys.stderr, flush=True
         )
     if findings:
         print(table.summary(findings), end="\n\n")
@@ -156,9 +154,5 @@ def run(name: str, jobs: Sequence[tuple[Claim, Any]], ds: bnjax.Dataset | None, 
 
 
 def _save_report(name, report, start, folder) -> Path:
-    content = {
-        "versions": provenance.versions(),
-        "seconds": round(time.monotonic() - start, 1),
-        "claims": report,
-    }
+    content = {"versions": provenance.versions(), "seconds": round(time.monotonic() - start, 1), "claims": report}
     return common.save(content, folder / f"{name}.json", name)

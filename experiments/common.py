@@ -51,16 +51,10 @@ def check_size(flag: str, value: Any) -> None:
 
 def define_distributed() -> None:
     """The flags of a run on several processes, for `prepare_process`."""
-    flags.DEFINE_bool(
-        "distributed", False, "Share the grid with the other processes of a jax.distributed job."
-    )
-    flags.DEFINE_string(
-        "coordinator", None, "host:port of process 0. Default: from Slurm, a TPU pod or Open MPI."
-    )
+    flags.DEFINE_bool("distributed", False, "Share the grid with the other processes of a jax.distributed job.")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0. Default: from Slurm, a TPU pod or Open MPI.")
     flags.DEFINE_integer("processes", None, "How many there are. Default: likewise.", lower_bound=1)
-    flags.DEFINE_integer(
-        "process", None, "Which of them this one is, from 0. Default: likewise.", lower_bound=0
-    )
+    flags.DEFINE_integer("process", None, "Which of them this one is, from 0. Default: likewise.", lower_bound=0)
 
 
 def join_others() -> None:
@@ -76,9 +70,7 @@ def join_others() -> None:
     if named and not values.distributed:
         raise ValueError(f"{', '.join(named)} without --distributed")
     if named and len(named) < 3:
-        raise ValueError(
-            f"--coordinator, --processes and --process belong together, got only {', '.join(named)}"
-        )
+        raise ValueError(f"--coordinator, --processes and --process belong together, got only {', '.join(named)}")
     if values.distributed:
         jax.distributed.initialize(given["coordinator"], given["processes"], given["process"])
 
@@ -107,13 +99,9 @@ def parse_floats(flag: str, text: str) -> list[float]:
         low, high, count = text.split(":")
         low, high, count = float(low), float(high), int(count)
     except ValueError:
-        raise ValueError(
-            f"--{flag} takes numbers '0.1,1,10' or a range 'low:high:count', got {text!r}"
-        ) from None
+        raise ValueError(f"--{flag} takes numbers '0.1,1,10' or a range 'low:high:count', got {text!r}") from None
     if not (0 < low < high < math.inf) or not 2 <= count <= MOST_VALUES:
-        raise ValueError(
-            f"--{flag}: a range needs 0 < low < high and a count in [2, {MOST_VALUES}], got {text!r}"
-        )
+        raise ValueError(f"--{flag}: a range needs 0 < low < high and a count in [2, {MOST_VALUES}], got {text!r}")
     exponents = np.linspace(math.log10(low), math.log10(high), count)
     return [float(f"{10**e:.6g}") for e in exponents]
 
@@ -259,11 +247,7 @@ def interruptible() -> Iterator[None]:
                 leave(number[0])
 
     def leave(number):
-        print(
-            f"interrupted ({signal.Signals(number).name}); what was stored is kept",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"interrupted ({signal.Signals(number).name}); what was stored is kept", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
     before = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(writer.fileno())
@@ -281,17 +265,13 @@ def interruptible() -> Iterator[None]:
         reader.close()
 
 
-def in_threads(
-    function: Callable[[Any], Any], arguments: Sequence[Any], description: str, count: int
-) -> list[Any]:
+def in_threads(function: Callable[[Any], Any], arguments: Sequence[Any], description: str, count: int) -> list[Any]:
     """[function(argument)], `count` at a time, in order; with a progress bar on a terminal's standard error."""
     bar = Console(stderr=True)
     with concurrent.futures.ThreadPoolExecutor(count) as pool:
         found = pool.map(function, arguments)
         return list(
-            rich.progress.track(
-                found, description, total=len(arguments), console=bar, disable=not bar.is_terminal
-            )
+            rich.progress.track(found, description, total=len(arguments), console=bar, disable=not bar.is_terminal)
         )
 
 

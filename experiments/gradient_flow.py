@@ -49,9 +49,7 @@ flags.DEFINE_string("init_scales", "1e-4:1e8:25", "A list, or low:high:count for
 flags.DEFINE_string("seeds", "5", "Initialization seeds: a count, a range 0:5 or a list 0,1,2.")
 flags.DEFINE_integer("batch_size", 128, "Examples, the first of the training split.", lower_bound=1)
 flags.DEFINE_enum("loss", "cotangent", ["cotangent", "cross_entropy"], "What the gradient is of; see above.")
-flags.DEFINE_string(
-    "shown_scales", "0.1,1,10", "Of the figure by layer, the table by layer and the training."
-)
+flags.DEFINE_string("shown_scales", "0.1,1,10", "Of the figure by layer, the table by layer and the training.")
 flags.DEFINE_integer("jacobian_examples", 6, "The batch of the layers' Jacobians.", lower_bound=1)
 flags.DEFINE_list("steps", "0,1,10,100", "Of training, at which gradients and weights are shown.")
 flags.DEFINE_float("learning_rate", 0.1, "Of the training, SGD with momentum 0.9.")
@@ -202,9 +200,7 @@ def measure_signals(job: Job) -> xr.Dataset:
 
     indices = list(np.ndindex(shape[:2]))
     networks = [(coords["activation"][a], coords["norm"][n]) for a, n in indices]
-    for index, signals in zip(
-        indices, on_all_devices(one, networks, "signals at initialization"), strict=True
-    ):
+    for index, signals in zip(indices, on_all_devices(one, networks, "signals at initialization"), strict=True):
         for i in range(depth):
             for part in PARTS:
                 if f"hidden_{i}/{part}" in signals:
@@ -233,9 +229,7 @@ def train(job: Job) -> xr.Dataset:
         norm: probes.weights(model, job.ds.train_x.shape[1:], batch_size=FLAGS.batch_size)
         for norm, model in models.items()
     }
-    ds = job.ds._replace(
-        test_x=job.ds.test_x[:256], test_y=job.ds.test_y[:256]
-    )  # its accuracy is not the point
+    ds = job.ds._replace(test_x=job.ds.test_x[:256], test_y=job.ds.test_y[:256])  # its accuracy is not the point
     every = math.gcd(*job.steps)
     config = bnjax.TrainConfig(steps=max(job.steps), batch_size=FLAGS.batch_size, eval_every=every)
     axes = {"init_scale": job.shown, "seed": job.seeds[:3]}
@@ -339,9 +333,7 @@ def prepare(argv: list[str], folder: Path) -> Job:
         raise ValueError(f"--epsilon: {error}") from None
     scales, shown = (
         sorted(
-            grid.check({"init_scale": common.parse_floats(flag, FLAGS[flag].value)}, bnjax.Hyperparams())[
-                "init_scale"
-            ]
+            grid.check({"init_scale": common.parse_floats(flag, FLAGS[flag].value)}, bnjax.Hyperparams())["init_scale"]
         )
         for flag in ("init_scales", "shown_scales")
     )
@@ -387,9 +379,7 @@ def integers(flag: str, least: int) -> list[int]:
     except ValueError:
         values = [least - 1]
     if values[0] < least:
-        raise ValueError(
-            f"--{flag} must be whole numbers of at least {least}, got {','.join(FLAGS[flag].value)!r}"
-        )
+        raise ValueError(f"--{flag} must be whole numbers of at least {least}, got {','.join(FLAGS[flag].value)!r}")
     common.check_size(flag, values[-1])
     return values
 
@@ -487,26 +477,13 @@ def slopes_table(results: xr.Dataset, job: Job) -> Table:
         ),
         caption_justify="left",
     )
-    for column in (
-        "network",
-        "depth",
-        "threshold",
-        "scales (decades)",
-        "to W",
-        "to W x",
-        "to BN(W x)",
-        "to phi(...)",
-    ):
+    for column in ("network", "depth", "threshold", "scales (decades)", "to W", "to W x", "to BN(W x)", "to phi(...)"):
         table.add_column(column)
     table.add_column("error (seeds' std)", justify="right")
     for names in law_networks(job):
         scales = used_scales(results, job, names)
         threshold_text = f"{job.thresholds[names['activation']]:.2g}" if names["norm"] == "batch" else "-"
-        network_texts = (
-            f"{names['activation']}, {NORM_NAMES[names['norm']]}",
-            str(names["depth"]),
-            threshold_text,
-        )
+        network_texts = (f"{names['activation']}, {NORM_NAMES[names['norm']]}", str(names["depth"]), threshold_text)
         if len(scales) < 2:
             table.add_row(*network_texts, *["-"] * 6)
             continue
@@ -559,13 +536,7 @@ def unnormalized_table(results: xr.Dataset, job: Job) -> Table:
         ),
         caption_justify="left",
     )
-    for column in (
-        "activation",
-        "depth",
-        "layer",
-        f"slope up to {SMALL:g}",
-        f"slope {MIDDLE:g} to {LARGE:g}",
-    ):
+    for column in ("activation", "depth", "layer", f"slope up to {SMALL:g}", f"slope {MIDDLE:g} to {LARGE:g}"):
         table.add_column(column)
     for column in ("at 1", "largest (at scale)", "0 from", "not finite from"):
         table.add_column(column, justify="right")
@@ -709,9 +680,7 @@ def training_table(trained: xr.Dataset, job: Job) -> Table:
     for norm, scale in itertools.product(FLAGS.norms, job.shown):
         one = trained.sel(model=norm, init_scale=scale)
         for step in job.steps:
-            now = (
-                one.sel(probe_step=step).astype(float).median("seed")
-            )  # the sum of two may be beyond float32
+            now = one.sel(probe_step=step).astype(float).median("seed")  # the sum of two may be beyond float32
 
             def both(name, form, now=now):
                 return " / ".join(format(float(now[name].sel(layer=f"hidden_{i}")), form) for i in ends)
@@ -768,9 +737,7 @@ def answer_with_norm(results: xr.Dataset, job: Job) -> list[str]:
 
     passing, own = ends("activation"), ends("weight")
     why = ": BN divides by what the weights multiply with" if max(map(abs, passing)) <= FLAT else ""
-    effect = (
-        ": it shrinks as they grow" if own[1] < -FLAT else ": it grows with them" if own[0] > FLAT else ""
-    )
+    effect = ": it shrinks as they grow" if own[1] < -FLAT else ": it grows with them" if own[0] > FLAT else ""
     lines = [
         f"With BN, {grows(*passing)}: over {decades:.1f} decades of init_scale and more, in all networks and "
         f"layers, the gradient that passes from layer to layer has slope {text(*passing)}{why}. The gradient to the "
@@ -809,9 +776,7 @@ def growth_text(activation: str) -> str:
 def answer_without_norm(results: xr.Dataset, job: Job, names: Mapping[str, Any]) -> str:
     """Of one network without BN."""
     facts = unnormalized(results, names, 0)
-    text = (
-        f"{names['activation']} without BN, {names['depth']} layers, gradient to the first layer's weights: "
-    )
+    text = f"{names['activation']} without BN, {names['depth']} layers, gradient to the first layer's weights: "
     if not has_law(names):
         small, large = facts["small"], facts["large"]
         several = "no single power: " if facts["change"] > FLAT else ""
@@ -831,9 +796,7 @@ def answer_without_norm(results: xr.Dataset, job: Job, names: Mapping[str, Any])
         f"{grows(weights.lowest, weights.highest)}, {law} {figure(weights.lowest)} to {figure(weights.highest)} of "
         f"init_scale in all layers ({scaled} scaled)"
     )
-    return text + (
-        f"; beyond float32 from {facts['infinite']:.3g}." if math.isfinite(facts["infinite"]) else "."
-    )
+    return text + (f"; beyond float32 from {facts['infinite']:.3g}." if math.isfinite(facts["infinite"]) else ".")
 
 
 if __name__ == "__main__":

@@ -27,12 +27,8 @@ flags.DEFINE_integer("masked", 0, "How many of the samples are masked.", lower_b
 flags.DEFINE_float("mean", 1.0, "Of the samples, which are drawn from a normal distribution.")
 flags.DEFINE_float("std", 1.0, "Of the samples.")
 flags.DEFINE_float("scale", 1.5, "Batch normalization's scale.")
-flags.DEFINE_float(
-    "epsilon", 0.1, "Batch normalization's epsilon; large by default, to be seen in the spectrum."
-)
-flags.DEFINE_string(
-    "activation", "tanh", f"Of the block activation(BN(x W)): {', '.join(activations.ACTIVATIONS)}."
-)
+flags.DEFINE_float("epsilon", 0.1, "Batch normalization's epsilon; large by default, to be seen in the spectrum.")
+flags.DEFINE_string("activation", "tanh", f"Of the block activation(BN(x W)): {', '.join(activations.ACTIVATIONS)}.")
 flags.DEFINE_integer("seed", 0, "Draws samples and weights.", lower_bound=0)
 flags.DEFINE_integer("operator_samples", 65_536, "N for the operator's time and memory.", lower_bound=1)
 flags.DEFINE_string("out", "results/jacobian_check", "Output folder.")

@@ -56,13 +56,9 @@ flags.DEFINE_list(
 )
 flags.DEFINE_integer("depth", 3, "Hidden layers in the part growth, at least 2.")
 flags.DEFINE_integer(
-    "width",
-    64,
-    "Smallest width in the part growth; 4 times the batch size if that is more. The next is twice that.",
+    "width", 64, "Smallest width in the part growth; 4 times the batch size if that is more. The next is twice that."
 )
-flags.DEFINE_integer(
-    "seeds", 2048, "Networks in the part growth at width 64 and batch size 16; fewer at larger ones."
-)
+flags.DEFINE_integer("seeds", 2048, "Networks in the part growth at width 64 and batch size 16; fewer at larger ones.")
 flags.DEFINE_float("epsilon", 1e-5, "Batch normalization's, in the part epsilon.")
 flags.DEFINE_list("epsilon_activations", ["relu", "tanh", "gelu", "sigmoid"], "Of the part epsilon.")
 flags.DEFINE_integer("epsilon_depth", 8, "Hidden layers in the part epsilon, at least 4.")
@@ -201,11 +197,7 @@ def growth_part(names, batch_sizes) -> xr.Dataset:
             "theory_curve": (("activation", "theory_batch_size"), np.array(curve)),
             "theory_infinite_batch": ("activation", [mean_field.gradient_growth(name) for name in names]),
         },
-        {
-            "activation": np.array(names, object),
-            "batch_size": batch_sizes,
-            "theory_batch_size": list(THEORY_SIZES),
-        },
+        {"activation": np.array(names, object), "batch_size": batch_sizes, "theory_batch_size": list(THEORY_SIZES)},
     )
     z = (results.measured - results.theory) / results.error
     results["z"] = z.where(results.batch_size >= SMALLEST_WITH_VARIANCE)
@@ -215,8 +207,7 @@ def growth_part(names, batch_sizes) -> xr.Dataset:
 def growth_table(results: xr.Dataset) -> Table:
     """Activation x batch size: theory, measured +- standard error, z."""
     table = Table(
-        title="Growth per layer of the squared gradient norm, epsilon 0: theory / measured / z",
-        show_lines=True,
+        title="Growth per layer of the squared gradient norm, epsilon 0: theory / measured / z", show_lines=True
     )
     table.add_column("batch size")
     for name in results.activation.values:
@@ -226,9 +217,7 @@ def growth_table(results: xr.Dataset) -> Table:
         for name in results.activation.values:
             point = results.sel(activation=name, batch_size=B)
             z = f"z = {float(point.z):+.1f}" if np.isfinite(point.z) else "median, no z"
-            cells.append(
-                f"{float(point.theory):.4f}\n{float(point.measured):.4f} ± {float(point.error):.4f}\n{z}"
-            )
+            cells.append(f"{float(point.theory):.4f}\n{float(point.measured):.4f} ± {float(point.error):.4f}\n{z}")
         table.add_row(str(B), *cells)
     infinite = [f"{float(value):.4f}" for value in results.theory_infinite_batch]
     table.add_row("infinite", *infinite)
@@ -332,15 +321,7 @@ def epsilon_tables(results: xr.Dataset) -> list[Table]:
         title=f"Around it: variance of BN's output in layer {results.attrs['depth']}, and growth per layer of the "
         f"squared gradient norm in the deep half; batch size {results.attrs['batch_size']}"
     )
-    columns = (
-        "activation",
-        "init_scale",
-        "/ threshold",
-        "variance: theory",
-        "measured",
-        "growth: theory",
-        "measured",
-    )
+    columns = ("activation", "init_scale", "/ threshold", "variance: theory", "measured", "growth: theory", "measured")
     for column in columns:
         second.add_column(column, justify="left" if column == "activation" else "right")
     for name in results.activation.values:
@@ -487,14 +468,7 @@ def check_flags() -> tuple[list[str], list[int]]:
         )
     if not 1e-12 <= FLAGS.epsilon <= 1:
         raise ValueError(f"--epsilon must be in [1e-12, 1], got {FLAGS.epsilon}")
-    least = {
-        "depth": 2,
-        "width": 16,
-        "seeds": 16,
-        "epsilon_depth": 4,
-        "epsilon_width": 64,
-        "epsilon_seeds": 16,
-    }
+    least = {"depth": 2, "width": 16, "seeds": 16, "epsilon_depth": 4, "epsilon_width": 64, "epsilon_seeds": 16}
     for flag, value in least.items():
         if FLAGS[flag].value < value:
             raise ValueError(f"--{flag} must be at least {value}, got {FLAGS[flag].value}")
@@ -537,10 +511,7 @@ def main(argv: list[str]) -> None:
     if "chaos" in parts:
         console.print(chaos_table(parts["chaos"]))
     merged = xr.merge(
-        [
-            part.rename({name: f"{key}_{name}" for name in (*part.data_vars, *part.dims)})
-            for key, part in parts.items()
-        ],
+        [part.rename({name: f"{key}_{name}" for name in (*part.data_vars, *part.dims)}) for key, part in parts.items()],
         combine_attrs="drop",
     )
     path = common.save(merged, folder / common.RESULTS, SCRIPT)
@@ -550,9 +521,7 @@ def main(argv: list[str]) -> None:
             z = z_values(parts[key])
             if z.size:
                 within = ", ".join(f"{100 * (z < k).mean():.0f}% within {k}" for k in (1, 2))
-                print(
-                    f"{key}: {z.size} points with a z, {within} standard errors, the largest |z| is {z.max():.1f}."
-                )
+                print(f"{key}: {z.size} points with a z, {within} standard errors, the largest |z| is {z.max():.1f}.")
             far += [key] if not (z < MOST_Z).all() else []  # NaN is none of the values below it
     if "growth" in parts:
         print(growth_answer(parts["growth"]))

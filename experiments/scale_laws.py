@@ -244,9 +244,7 @@ def answer(results: xr.Dataset) -> dict[str, str]:
     found["fixed epsilon"] = prediction(results, FLAGS.activation)
     powers = results.power.sel(activation=FLAGS.activation, grows=laws.POWERS[-1])
     with_norm, without = (power(powers.sel(norm=norm)) for norm in NORMS)
-    found["without BN"] = (
-        f"W -> a W in all hidden layers multiplies the gradients to W by a^p: with BN p = {with_norm}"
-    )
+    found["without BN"] = f"W -> a W in all hidden layers multiplies the gradients to W by a^p: with BN p = {with_norm}"
     found["without BN"] += f", without p = {without} ({FLAGS.activation})."
     ratio = float((laws.uncrossed(results, FLAGS.activation) / results.rounding).max())
     where = " (where no sample crosses the kink)" if FLAGS.activation in laws.KINKED else ""
@@ -315,9 +313,7 @@ def main(argv: list[str]) -> None:
     print(*results.attrs["answer"].values(), sep="\n")
     print(f"Figure: {figure}. All measurements: {path}")
     if not np.isfinite(results.trajectory_norm).all():
-        raise common.fail(
-            f"training at a = 1 is not finite: --learning_rate={FLAGS.learning_rate} is too large"
-        )
+        raise common.fail(f"training at a = 1 is not finite: --learning_rate={FLAGS.learning_rate} is too large")
     if wrong := broken(results):
         raise common.fail("; ".join(wrong))
 

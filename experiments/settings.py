@@ -57,9 +57,7 @@ def define(claims: Sequence[HasSettings]) -> None:
         both = quick if quick == full else f"{quick}; with --full, {full}"
         kind = _type(claim, field)
         one = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
-        define_one = (
-            one.get(kind, flags.DEFINE_string) if not field.metadata["parse"] else flags.DEFINE_string
-        )
+        define_one = one.get(kind, flags.DEFINE_string) if not field.metadata["parse"] else flags.DEFINE_string
         define_one(flag, None, f"{field.metadata['words']} Default: {both}.")
 
 

@@ -61,11 +61,7 @@ GRID = {
         "Learning rates to choose from in the control of detached statistics.",
     ),
     "rates": ("0.01:10:7", "1e-4:100:25", "Learning rates of the map in the control of rates."),
-    "depths": (
-        "5,10,20,40",
-        "3,5,7,10,14,20,28,40,56,80",
-        "Numbers of hidden layers in the control of depth.",
-    ),
+    "depths": ("5,10,20,40", "3,5,7,10,14,20,28,40,56,80", "Numbers of hidden layers in the control of depth."),
     "depth_rates": (
         "0.01,0.1,0.3",
         "0.0003,0.001,0.003,0.01,0.03,0.1,0.3",
@@ -87,9 +83,7 @@ flags.DEFINE_string("dataset", "fashion_mnist_mini", f"Of {', '.join(bnjax.data.
 flags.DEFINE_string("data_dir", None, "Where prepared data sets are kept. Default: the user's cache folder.")
 flags.DEFINE_string("manual_dir", None, "Folder with a data set's original archives, instead of a download.")
 flags.DEFINE_integer("pool", 4, "Images are averaged over squares of this many pixels a side.", lower_bound=1)
-flags.DEFINE_integer(
-    "layers", 3, "Number of hidden layers, but where depth is what is varied.", lower_bound=1
-)
+flags.DEFINE_integer("layers", 3, "Number of hidden layers, but where depth is what is varied.", lower_bound=1)
 flags.DEFINE_integer("hidden_width", 64, "Units per hidden layer.", lower_bound=1)
 flags.DEFINE_float("epsilon", 1e-5, "Batch normalization's epsilon, but where it is varied.")
 flags.DEFINE_integer("batch_size", 128, "Examples per step.", lower_bound=2)
@@ -131,15 +125,7 @@ def prepare(argv: list[str], folder: Path) -> Setup:
     texts = {name: (GRID[name][FLAGS.full] if value is None else value) for name, value in texts.items()}
     seeds = common.parse_seeds("seeds", texts["seeds"])
     values = {name: texts[name] for name in ("depth_steps", "frozen_steps")}
-    for name in (
-        "init_scales",
-        "dip_scales",
-        "dip_epsilons",
-        "dip_rates",
-        "detached_rates",
-        "rates",
-        "depth_rates",
-    ):
+    for name in ("init_scales", "dip_scales", "dip_epsilons", "dip_rates", "detached_rates", "rates", "depth_rates"):
         values[name] = sorted(common.parse_floats(name, texts[name]))
     for name in ("depths", "dip_depths"):
         values[name] = parse_depths(name, texts[name])
@@ -148,15 +134,7 @@ def prepare(argv: list[str], folder: Path) -> Setup:
     for name in ("init_scales", "dip_scales"):
         if len(values[name]) < 3 or not values[name][0] < 1 < values[name][-1]:
             raise ValueError(f"--{name} needs at least 3 values, on both sides of 1, got {texts[name]!r}")
-    for name in (
-        "dip_epsilons",
-        "dip_rates",
-        "detached_rates",
-        "rates",
-        "depth_rates",
-        "init_scales",
-        "dip_scales",
-    ):
+    for name in ("dip_epsilons", "dip_rates", "detached_rates", "rates", "depth_rates", "init_scales", "dip_scales"):
         axis = "init_scale" if name.endswith("scales") else "learning_rate"  # an epsilon's range is the same
         try:
             grid.check({axis: values[name], "seed": seeds}, bnjax.Hyperparams())
@@ -178,14 +156,9 @@ def prepare(argv: list[str], folder: Path) -> Setup:
         steps=texts["steps"], batch_size=FLAGS.batch_size, eval_every=max(1, texts["steps"] // 10)
     )
     choices.check("--dataset", FLAGS.dataset, bnjax.data.NAMES)
-    common.check_out(
-        folder, SCRIPT, *(f"{name}.{kind}" for name in FLAGS.controls for kind in ("zarr", "png"))
-    )
+    common.check_out(folder, SCRIPT, *(f"{name}.{kind}" for name in FLAGS.controls for kind in ("zarr", "png")))
     ds = bnjax.data.load(
-        FLAGS.dataset,
-        data_dir=FLAGS.data_dir,
-        manual_dir=FLAGS.manual_dir,
-        train_examples=texts["train_examples"],
+        FLAGS.dataset, data_dir=FLAGS.data_dir, manual_dir=FLAGS.manual_dir, train_examples=texts["train_examples"]
     )
     for flag in ("batch_size", "depth_batch_size"):
         if FLAGS[flag].value > len(ds.train_x):
@@ -194,21 +167,13 @@ def prepare(argv: list[str], folder: Path) -> Setup:
             )
     images = bnjax.data.standardize(
         ds._replace(
-            train_x=pooled(ds.train_x),
-            test_x=pooled(ds.test_x[:TEST_EXAMPLES]),
-            test_y=ds.test_y[:TEST_EXAMPLES],
+            train_x=pooled(ds.train_x), test_x=pooled(ds.test_x[:TEST_EXAMPLES]), test_y=ds.test_y[:TEST_EXAMPLES]
         )
     )
     xor = synthetic.sparse_parity(
-        dimensions=images.train_x.shape[1],
-        train_examples=len(images.train_x),
-        test_examples=len(images.test_x),
+        dimensions=images.train_x.shape[1], train_examples=len(images.train_x), test_examples=len(images.test_x)
     )
-    network = {
-        "features": (FLAGS.hidden_width,) * FLAGS.layers,
-        "num_outputs": 10,
-        "epsilon": FLAGS.epsilon,
-    }
+    network = {"features": (FLAGS.hidden_width,) * FLAGS.layers, "num_outputs": 10, "epsilon": FLAGS.epsilon}
     hyper = bnjax.Hyperparams(learning_rate=FLAGS.learning_rate, momentum=MOMENTUM)
     return Setup(
         images,
@@ -274,9 +239,7 @@ def main(argv: list[str]) -> None:
             console.print(f"  [bold]Verdict: {verdict(one)}[/bold]", highlight=False)
         print(time_left(i + 1, start), file=sys.stderr, flush=True)
     console.print(table(findings, len(setup.seeds)))
-    print(
-        f"results and figures: {folder}/<control>.zarr (bnjax.load_results opens it), {folder}/<control>.png"
-    )
+    print(f"results and figures: {folder}/<control>.zarr (bnjax.load_results opens it), {folder}/<control>.png")
     print(f"{time.monotonic() - start:.0f} s in all")
 
 

@@ -112,18 +112,12 @@ class TestWrongImplementations:
         ("fault", "names"),
         [
             (off, ["axis: [N, C]", "mean/std 1e4, N = 512: output", "batch of one: output is the bias"]),
-            (
-                without_mask,
-                ["mask: output", "mask: gradient", "mask: statistics", "NaN in masked entries: output"],
-            ),
+            (without_mask, ["mask: output", "mask: gradient", "mask: statistics", "NaN in masked entries: output"]),
             (without_mask, ["fully masked: running statistics as they were"]),
             (by_device, ["axis_name: output", "axis_name: gradient", "axis_name: statistics"]),
             (swapped_momentum, ["momentum 0.9: running statistics after 5 batches"]),
             (swapped_momentum, ["momentum 1: running statistics as they were"]),
-            (
-                double_gradient,
-                ["without scale", "mean/std 1e4, N = 512: gradient", "inputs near 1e30: gradient"],
-            ),
+            (double_gradient, ["without scale", "mean/std 1e4, N = 512: gradient", "inputs near 1e30: gradient"]),
             (unbiased, ["biased running variance, by option or default", "mask: statistics"]),
         ],
     )
@@ -174,9 +168,7 @@ def test_whole_run_for_bnjax(main, tmp_path, capsys):
     assert page.read_text().startswith(before)
     assert page.read_text().endswith(after)
     assert "old tables" not in page.read_text()
-    assert tables(page.read_text().partition(bn_conformance.BEGIN)[2].splitlines()) == tables(
-        written.splitlines()
-    )
+    assert tables(page.read_text().partition(bn_conformance.BEGIN)[2].splitlines()) == tables(written.splitlines())
 
 
 @pytest.mark.slow
@@ -209,9 +201,7 @@ class TestPage:
 
     def test_names_the_versions_of_all(self):
         titles = [implementation.title for implementation in layers.ALL.values()]
-        assert all(
-            re.fullmatch(re.escape(t) + r" \d[\w.+]*", v) for t, v in zip(titles, self.versions, strict=True)
-        )
+        assert all(re.fullmatch(re.escape(t) + r" \d[\w.+]*", v) for t, v in zip(titles, self.versions, strict=True))
 
 
 def test_bnjax_failing_ends_with_status_1(main, monkeypatch, tmp_path):
@@ -245,14 +235,8 @@ def test_what_is_not_installed_is_shown_as_such(main, monkeypatch, tmp_path, cap
             r"unknown implementation in --implementations 'flax_lines' \(did you mean 'flax_linen'\?\)",
         ),
         ({"implementations": ""}, "--implementations is empty"),
-        (
-            {"docs": "nowhere.md"},
-            "--docs=nowhere.md is not a page with the markers <!-- bn_conformance: begin",
-        ),
-        (
-            {"docs": PAGE, "implementations": "bnjax"},
-            r"--docs=.* would lose its columns of flax_linen, .*torch",
-        ),
+        ({"docs": "nowhere.md"}, "--docs=nowhere.md is not a page with the markers <!-- bn_conformance: begin"),
+        ({"docs": PAGE, "implementations": "bnjax"}, r"--docs=.* would lose its columns of flax_linen, .*torch"),
         ({"out": "/dev/null/out"}, "--out=/dev/null/out cannot be written"),
     ],
 )

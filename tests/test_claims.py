@@ -54,9 +54,7 @@ def claim(name, *, steps=10, measured=1.0, must_hold=False):
     def measure(values, ds):
         if measured is None:
             raise RuntimeError("no luck")
-        return xr.Dataset(
-            {"value": ("seed", np.full(len(values.seeds), measured))}, {"seed": list(values.seeds)}
-        )
+        return xr.Dataset({"value": ("seed", np.full(len(values.seeds), measured))}, {"seed": list(values.seeds)})
 
     def judge(results, values):
         return [Finding(f"{name} is small", checks=[Check("below 2", results.value.values, below=2)])]

@@ -51,8 +51,7 @@ class TestBenchmark:
         """They are timed on the same task: outputs, statistics and gradients to float32's rounding."""
         arguments = benchmark.problem((64, 8), 1)
         expected, *others = (
-            jax.tree.leaves(jax.jit(benchmark.both_passes(layer))(*arguments))
-            for layer in benchmark.layers().values()
+            jax.tree.leaves(jax.jit(benchmark.both_passes(layer))(*arguments)) for layer in benchmark.layers().values()
         )
         assert len(others) == 3
         for found in others:
@@ -65,8 +64,7 @@ class TestBenchmark:
             main("benchmark", shapes=shape)
 
     @pytest.mark.parametrize(
-        "options",
-        [{"shapes": f"4x{2**31}"}, {"rounds": 2**31}, {"workloads": "all", "growth_cells": f"1,{2**31}"}],
+        "options", [{"shapes": f"4x{2**31}"}, {"rounds": 2**31}, {"workloads": "all", "growth_cells": f"1,{2**31}"}]
     )
     def test_too_large(self, main, tmp_path, options):
         flag = [*options][-1]

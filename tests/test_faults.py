@@ -418,9 +418,7 @@ class TestDamage:
                 caplog.clear()
                 sweep(path)
                 lost = gone and kind in (store.PARTS, store.STATES)  # as if it had never been
-                assert (
-                    lost or key in ("bnjax/lock", "bnjax/zarr.json") or (kind if gone else key) in caplog.text
-                )
+                assert lost or key in ("bnjax/lock", "bnjax/zarr.json") or (kind if gone else key) in caplog.text
                 check_whole(path, undisturbed())
         assert failed == []
         assert len(keys) > (4 if place == "halfway" else 24)
@@ -513,9 +511,7 @@ class TestOddFiles:
         found, said = loaded(path)
         assert found is not None if kind == "states" else said.count(base) == 5
         sweep(path)
-        assert sum(key in one_line(record.getMessage()) for record in caplog.records for key in odd) == len(
-            odd
-        )
+        assert sum(key in one_line(record.getMessage()) for record in caplog.records for key in odd) == len(odd)
         check_whole(path, undisturbed())
 
     @pytest.mark.parametrize("some", [16, slow(1)])

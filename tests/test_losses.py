@@ -119,10 +119,7 @@ def test_stored_results_tell_functions_apart_by_what_they_compute(blobs, tmp_pat
         ({"loss": lambda outputs, targets: outputs}, r"loss must return a scalar.*got ShapeDtypeStruct"),
         ({"loss": lambda outputs, targets: (outputs.sum(), 1)}, "loss must return a scalar"),
         ({"loss": lambda outputs, targets: targets.sum()}, "loss must return a scalar"),
-        (
-            {"optimizer": lambda hyper: hyper.learning_rate},
-            "optimizer must return an optax transformation, got float",
-        ),
+        ({"optimizer": lambda hyper: hyper.learning_rate}, "optimizer must return an optax transformation, got float"),
     ],
 )
 def test_refused(blobs, options, message, tmp_path):
@@ -138,17 +135,9 @@ def test_refused(blobs, options, message, tmp_path):
 @pytest.mark.parametrize(
     ("change", "loss", "message"),
     [
-        (
-            lambda y: y.astype(np.float32),
-            "squared",
-            r"train targets must be \[N, 4\], as the outputs; got \[256\]",
-        ),
+        (lambda y: y.astype(np.float32), "squared", r"train targets must be \[N, 4\], as the outputs; got \[256\]"),
         (lambda y: np.eye(3, dtype=np.float32)[y % 3], "squared", r"must be \[N, 4\].*got \[256, 3\]"),
-        (
-            lambda y: np.eye(4, dtype=np.float32)[y],
-            "cross_entropy",
-            "train labels must be integers, got float32",
-        ),
+        (lambda y: np.eye(4, dtype=np.float32)[y], "cross_entropy", "train labels must be integers, got float32"),
         (lambda y: np.eye(4, dtype=np.int32)[y], "squared", r"train labels must be \[N\], got \[256, 4\]"),
     ],
 )

@@ -137,14 +137,10 @@ class TestGradientGrowth:
             return np.asarray(phi(scale * jnp.asarray(z) + bias))
 
         def dpsi(z):
-            return np.asarray(jax.vmap(jax.grad(lambda z: phi(scale * z + bias)))(z.reshape(-1))).reshape(
-                z.shape
-            )
+            return np.asarray(jax.vmap(jax.grad(lambda z: phi(scale * z + bias)))(z.reshape(-1))).reshape(z.shape)
 
         for batch_size in (8, 10):
-            theory = mean_field.signal_fixed_point(
-                phi, batch_size, epsilon, weight_std, scale=scale, bias=bias
-            )
+            theory = mean_field.signal_fixed_point(phi, batch_size, epsilon, weight_std, scale=scale, bias=bias)
             assert theory.variance > 0.01
             results = sampled(psi, dpsi, batch_size, epsilon, theory.variance, weight_std)
             for (mean, error), expected in zip(results, (theory.variance, theory.growth), strict=True):
@@ -161,10 +157,7 @@ class TestEpsilon:
     @pytest.mark.parametrize(("activation", "batch_size"), [("relu", 6), ("tanh", None), ("softplus", None)])
     def test_scale_law_and_limit(self, activation, batch_size):
         """(W, epsilon) -> (a W, a^2 epsilon) changes nothing; epsilon -> 0 is epsilon 0."""
-        at = [
-            mean_field.signal_fixed_point(activation, batch_size, 1e-5 * a**2, 0.01 * a)
-            for a in (1, 1e-3, 300)
-        ]
+        at = [mean_field.signal_fixed_point(activation, batch_size, 1e-5 * a**2, 0.01 * a) for a in (1, 1e-3, 300)]
         for a, other in zip((1e-3, 300), at[1:], strict=True):
             assert other.variance == pytest.approx(at[0].variance * a**2, rel=1e-6)
             assert other.growth == pytest.approx(at[0].growth, rel=1e-6)
@@ -195,9 +188,7 @@ class TestEpsilon:
         found = mean_field.epsilon_threshold("tanh", 1e-5, scale=2.0)
         assert found.dead_unstable**2 == pytest.approx(1e-5 / 4, rel=1e-6)
 
-    @pytest.mark.parametrize(
-        "batch_size", [*(pytest.param(B, marks=pytest.mark.slow) for B in (4, 64)), 5, None]
-    )
+    @pytest.mark.parametrize("batch_size", [*(pytest.param(B, marks=pytest.mark.slow) for B in (4, 64)), 5, None])
     @pytest.mark.parametrize(("activation", "bias"), [("relu", 0.5), ("relu", -1.0), ("hard_tanh", 0.0)])
     def test_kinks_away_from_zero(self, activation, bias, batch_size):
         """epsilon -> 0 is epsilon 0; a small signal sees the slope at `bias` alone, psi'(0) of 1 or 0.
@@ -218,8 +209,7 @@ class TestEpsilon:
 
     @pytest.mark.parametrize("batch_size", [4, 5])
     @pytest.mark.parametrize(
-        ("activation", "bias", "weight_std"),
-        [("relu", 0.5, 2.5), ("relu", -1.0, 20.0), ("hard_tanh", 0.0, 2.5)],
+        ("activation", "bias", "weight_std"), [("relu", 0.5, 2.5), ("relu", -1.0, 20.0), ("hard_tanh", 0.0, 2.5)]
     )
     def test_kinks_away_from_zero_by_sampled_batches(self, activation, bias, weight_std, batch_size):
         """At epsilon 0.3, where 1 / (V s/B + epsilon) is bounded: |z| < 5 in 3 x 2 x 2 = 12 comparisons.
@@ -243,8 +233,7 @@ class TestEpsilon:
             assert abs(mean - expected) < 5 * error
 
     @pytest.mark.parametrize(
-        ("activation", "batch_size"),
-        [("relu", None), ("tanh", 4), pytest.param("gelu", 16, marks=pytest.mark.slow)],
+        ("activation", "batch_size"), [("relu", None), ("tanh", 4), pytest.param("gelu", 16, marks=pytest.mark.slow)]
     )
     def test_the_recursion_dies_below(self, activation, batch_size):
         threshold = mean_field.epsilon_threshold(activation, 0.1, batch_size).alive
@@ -344,10 +333,7 @@ class TestOrderChaos:
 
     @pytest.mark.parametrize(
         ("activation", "weight_std"),
-        [
-            ("tanh", 1.6),
-            *(pytest.param(*case, marks=pytest.mark.slow) for case in [("sigmoid", 3.0), ("relu", 1.8)]),
-        ],
+        [("tanh", 1.6), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("sigmoid", 3.0), ("relu", 1.8)])],
     )
     def test_wide_networks(self, activation, weight_std):
         """chi_1 against the gradients of 32 networks of width 400.
@@ -407,9 +393,7 @@ class TestDepth:
 class TestBadInput:
     @pytest.mark.parametrize("batch_size", [3, 2, 0, -4])
     def test_batch_size_too_small(self, batch_size):
-        with pytest.raises(
-            ValueError, match=rf"at least 4, got {batch_size}: .*Theorem 8 of .* needs B >= 4"
-        ):
+        with pytest.raises(ValueError, match=rf"at least 4, got {batch_size}: .*Theorem 8 of .* needs B >= 4"):
             mean_field.gradient_growth("relu", batch_size)
         with pytest.raises(
             ValueError, match=rf"at least 4, got {batch_size}: at epsilon above 0 .* finite for 2 and 3"
@@ -424,10 +408,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (
-                {"activation": "rleu"},
-                r"unknown activation 'rleu' \(did you mean 'relu'\?\); allowed: relu, .*tanh",
-            ),
+            ({"activation": "rleu"}, r"unknown activation 'rleu' \(did you mean 'relu'\?\); allowed: relu, .*tanh"),
             ({"epsilon": -1e-5}, "epsilon must be >= 0 and finite, got -1e-05"),
             ({"epsilon": math.inf}, "epsilon must be >= 0 and finite, got inf"),
             ({"weight_std": 0}, "weight_std must be above 0 and finite, got 0"),
@@ -510,9 +491,9 @@ class TestExperiment:
         assert (np.abs(z) < 4).all()
         assert np.isnan(results.growth_z.sel(growth_batch_size=5)).all()
         assert (results.growth_error < 0.1 * results.growth_theory).all()
-        assert float(
-            results.growth_theory.sel(growth_activation="relu", growth_batch_size=5)
-        ) == pytest.approx(mean_field.gradient_growth("relu", 5))
+        assert float(results.growth_theory.sel(growth_activation="relu", growth_batch_size=5)) == pytest.approx(
+            mean_field.gradient_growth("relu", 5)
+        )
         assert (folder / "growth.png").stat().st_size > 10_000
         printed = capsys.readouterr().out
         assert "1.7882" in printed  # ReLU at batch size 8
@@ -522,12 +503,7 @@ class TestExperiment:
     @pytest.mark.slow
     def test_epsilon_and_chaos(self, main, capsys):
         """chi_1 at 9 points: it fails at |z| >= 4, 6e-5 each by chance alone; the threshold within 5 errors."""
-        small = {
-            "epsilon_activations": "relu,sigmoid",
-            "epsilon_depth": 4,
-            "epsilon_width": 64,
-            "epsilon_seeds": 16,
-        }
+        small = {"epsilon_activations": "relu,sigmoid", "epsilon_depth": 4, "epsilon_width": 64, "epsilon_seeds": 16}
         folder = main(parts="epsilon,chaos", **small)
         results = bnjax.load_results(folder / "results.zarr")
         assert (np.abs(results.chaos_z) < 4).all()

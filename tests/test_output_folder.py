@@ -62,9 +62,7 @@ def tree(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        found[name] = (
-            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
-        )
+        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
     return found
 
 

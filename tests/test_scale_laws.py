@@ -85,8 +85,7 @@ class TestPowersOfTwo:
 
 class TestOtherFactors:
     @pytest.mark.parametrize(
-        "activation",
-        ["tanh", *(pytest.param(a, marks=pytest.mark.slow) for a in ("relu", "sigmoid", "linear"))],
+        "activation", ["tanh", *(pytest.param(a, marks=pytest.mark.slow) for a in ("relu", "sigmoid", "linear"))]
     )
     def test_rounding(self, activation):
         """Two float32 evaluations, each off by its own rounding: sqrt 2 times it is expected, 4 allowed.
@@ -130,9 +129,7 @@ class TestOtherFactors:
 
 
 class TestNetwork:
-    @pytest.mark.parametrize(
-        "epsilon", [0.3, *(pytest.param(e, marks=pytest.mark.slow) for e in (0.0, 1e-5))]
-    )
+    @pytest.mark.parametrize("epsilon", [0.3, *(pytest.param(e, marks=pytest.mark.slow) for e in (0.0, 1e-5))])
     def test_a_traced_epsilon_is_that_of_mlp(self, epsilon):
         """Outputs and all derivatives, in float32: to rounding, as the programs are not the same."""
         p = a_problem()
@@ -165,9 +162,7 @@ class TestTrajectories:
         train, p = a_trainer(), a_problem()
         hyper = trajectories.Hyper(0.1, 0.9, decay)
         for names in laws.scaled_sets(DEPTH).values():
-            found = trajectories.trajectories(
-                train, p, names, 0.0, [2.0**-60, 0.5, 2.0**60], hyper, self.STEPS
-            )
+            found = trajectories.trajectories(train, p, names, 0.0, [2.0**-60, 0.5, 2.0**60], hyper, self.STEPS)
             assert (found.deviation == 0).all()
             assert (found.crossed == 0).all()
             assert found.first_step > 1e-4
@@ -185,14 +180,10 @@ class TestTrajectories:
     def test_either_rate_left_unscaled_breaks_it(self, wrong, monkeypatch):
         replace = trajectories.Hyper._replace
         monkeypatch.setattr(
-            trajectories.Hyper,
-            "_replace",
-            lambda self, **new: replace(self, **(new | {wrong: getattr(self, wrong)})),
+            trajectories.Hyper, "_replace", lambda self, **new: replace(self, **(new | {wrong: getattr(self, wrong)}))
         )
         hyper = trajectories.Hyper(0.1, 0.9, 0.02)
-        found = trajectories.trajectories(
-            a_trainer(), a_problem(), hidden(DEPTH), 0.0, [2.0], hyper, self.STEPS
-        )
+        found = trajectories.trajectories(a_trainer(), a_problem(), hidden(DEPTH), 0.0, [2.0], hyper, self.STEPS)
         assert found.deviation[0, -1] > 1e-3
 
     @pytest.mark.slow
@@ -205,9 +196,7 @@ class TestTrajectories:
     def test_rounding_of_one_step(self):
         """W is rounded in a W and in the sum with the update, 2^-24 at most each, in each of two runs."""
         hyper = trajectories.Hyper(0.1, 0.9, 0.02)
-        found = trajectories.trajectories(
-            a_trainer(), a_problem(), hidden(DEPTH), 0.0, FACTORS, hyper, self.STEPS
-        )
+        found = trajectories.trajectories(a_trainer(), a_problem(), hidden(DEPTH), 0.0, FACTORS, hyper, self.STEPS)
         assert (found.deviation[:, 0] > 0).all()
         assert (found.deviation[:, 0] < 4 * (2**-24 + found.first_step * 3e-6)).all()
         assert (found.deviation[:, -1] > found.deviation[:, 0]).all()
@@ -289,11 +278,7 @@ class TestFixedEpsilon:
     @pytest.mark.parametrize(
         ("activation", "missed", "words"),
         [
-            (
-                "relu",
-                0.9,
-                "does not predict relu's gradients once samples cross the kink: at epsilon 0.1, a = 2 (7 ",
-            ),
+            ("relu", 0.9, "does not predict relu's gradients once samples cross the kink: at epsilon 0.1, a = 2 (7 "),
             ("relu", 0.02, "misses 1.0e-05 .. 2.0e-02 of a change"),  # as much as the second order would
             ("tanh", 0.9, "misses 1.0e-05 .. 9.0e-01 of a change"),
         ],
@@ -377,9 +362,7 @@ class TestMain:
     def test_a_broken_law_is_found(self, tmp_path, capsys, monkeypatch):
         """A network with an epsilon that is not 0, in the place of the one with 0."""
         mlp = bnjax.mlp
-        monkeypatch.setattr(
-            bnjax, "mlp", lambda *args, **options: mlp(*args, **(options | {"epsilon": 1e-3}))
-        )
+        monkeypatch.setattr(bnjax, "mlp", lambda *args, **options: mlp(*args, **(options | {"epsilon": 1e-3})))
         words = r"error: not bitwise: .* of power_of_two are not 0, the first at epsilon 0"
         with pytest.raises(SystemExit, match=words):
             scripts.run("scale_laws", out=str(tmp_path), **(TINY | {"depth": 1, "steps": 2}))
@@ -408,8 +391,7 @@ class TestMain:
             scripts.run("scale_laws", **({"out": str(tmp_path)} | options))
 
     @pytest.mark.parametrize(
-        ("flag", "value"),
-        [("depth", 0), ("width", 1), ("batch_size", 2), ("steps", 0), ("exponent", 0), ("seed", -1)],
+        ("flag", "value"), [("depth", 0), ("width", 1), ("batch_size", 2), ("steps", 0), ("exponent", 0), ("seed", -1)]
     )
     def test_numbers_below_their_least(self, flag, value):
         with pytest.raises(scale_laws.flags.IllegalFlagValueError, match=f"--{flag}={value}"):

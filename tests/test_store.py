@@ -111,9 +111,7 @@ class TestResume:
         options = {"config": bnjax.TrainConfig(steps=11, batch_size=32, eval_every=4), "probe": PROBE}
         one, other = sweep(**options, segment=3), sweep(**options, path=None, segment=None)
         xr.testing.assert_equal(one, other)
-        assert sweep.killed(
-            2, method="save_state", checkpoint_minutes=0, path=sweep.path.with_name("s"), **options
-        )
+        assert sweep.killed(2, method="save_state", checkpoint_minutes=0, path=sweep.path.with_name("s"), **options)
         xr.testing.assert_equal(sweep(**options, segment=2, path=sweep.path.with_name("s")), one)
 
     @pytest.mark.parametrize(("method", "times"), [("save_state", 2), ("commit", 1), ("commit", 4)])
@@ -163,9 +161,7 @@ class TestResume:
 
 
 class TestExtension:
-    LARGER = MappingProxyType(
-        {"init_scale": (10.0, 0.1, 0.5, 1.0), "learning_rate": (1e30, 0.1), "seed": (7, 0, 2, 1)}
-    )
+    LARGER = MappingProxyType({"init_scale": (10.0, 0.1, 0.5, 1.0), "learning_rate": (1e30, 0.1), "seed": (7, 0, 2, 1)})
 
     def test_keeps_what_is_done(self, sweep):
         sweep()
@@ -245,10 +241,7 @@ class TestChanges:
         ("change", "words"),
         [
             ({"config": dataclasses.replace(CONFIG, batch_size=16)}, "config.batch_size: 32 there, 16 asked"),
-            (
-                {"config": dataclasses.replace(CONFIG, optimizer="adam")},
-                "optimizer: sgd .*allow_changed=config",
-            ),
+            ({"config": dataclasses.replace(CONFIG, optimizer="adam")}, "optimizer: sgd .*allow_changed=config"),
             ({"config": dataclasses.replace(CONFIG, eval_every=1)}, "config.eval_every: 2 there, 1 asked"),
             (
                 {"config": dataclasses.replace(CONFIG, steps=6)},
@@ -291,9 +284,7 @@ class TestChanges:
         """As by another version of this package, with what else it says of itself unchanged."""
         sweep(FEW, network())
         whole = training._loss_and_accuracy
-        monkeypatch.setattr(
-            training, "_loss_and_accuracy", lambda *args: [2 * value for value in whole(*args)]
-        )
+        monkeypatch.setattr(training, "_loss_and_accuracy", lambda *args: [2 * value for value in whole(*args)])
         sweep.refused(COMPUTES, FEW, network())
 
     def versions(self, monkeypatch, **others):
@@ -396,9 +387,7 @@ class TestOverwrite:
         other.parent.mkdir(parents=True, exist_ok=True)
         other.write_text("mine")
         for overwrite in (False, True):
-            words = (
-                "is not empty, and holds no results of a sweep" if name else "is a file: choose a new folder"
-            )
+            words = "is not empty, and holds no results of a sweep" if name else "is a file: choose a new folder"
             sweep.refused(words, overwrite=overwrite)
             assert [p for p in sweep.path.parent.rglob("*") if p.is_file()] == [other]
 
@@ -505,9 +494,7 @@ class TestBuckets:
         sweep.killed(1, SIX, OTHER, path=bucket, overwrite=True)
         xr.testing.assert_identical(bnjax.load_results(bucket), found)
         found, inner = sweep.right(SIX, OTHER, path=bucket), files.files_at(bucket)
-        assert {name.rpartition("-")[0] for name in inner.list("bnjax/parts")} == {
-            *found.attrs["identity"][""]
-        }
+        assert {name.rpartition("-")[0] for name in inner.list("bnjax/parts")} == {*found.attrs["identity"][""]}
         with xr.open_zarr(inner.store, consolidated=False) as opened:
             xr.testing.assert_equal(opened.load(), found)
 
@@ -604,8 +591,7 @@ class TestReadMeanwhile:
         """Between the variables' names and their values; of the same shape, and of another."""
         whole, path = xr.open_zarr, tmp_path / "r"
         first, second = (
-            xr.Dataset({name: ("i", np.full(n, value)) for name in "abc"})
-            for n, value in ((5, 1.0), (n, 2.0))
+            xr.Dataset({name: ("i", np.full(n, value)) for name in "abc"}) for n, value in ((5, 1.0), (n, 2.0))
         )
         bnjax.save_results(first, path)
 
@@ -622,9 +608,7 @@ class TestReadMeanwhile:
 class TestStatus:
     def test_says_what_is_done(self, sweep, capsys):
         sweep(FEW, network())
-        sweep.killed(
-            4, SIX, {"a": MODEL, "b": OTHER}, method="save_state", checkpoint_minutes=0, overwrite=True
-        )
+        sweep.killed(4, SIX, {"a": MODEL, "b": OTHER}, method="save_state", checkpoint_minutes=0, overwrite=True)
         bnjax.__main__.main(["status", str(sweep.path)])
         out, err = capsys.readouterr()
         assert err == ""

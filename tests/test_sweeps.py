@@ -123,9 +123,7 @@ class TestSweep:
         start, _ = MODEL.init(jax.random.key(2), (12,), 2.0)
         cell = found.sel(seed=2, init_scale=2.0)
         np.testing.assert_allclose(
-            cell.norm.sel(probe_step=0, layer="hidden_0"),
-            jnp.linalg.norm(start["hidden_0"]["kernel"]),
-            rtol=1e-6,
+            cell.norm.sel(probe_step=0, layer="hidden_0"), jnp.linalg.norm(start["hidden_0"]["kernel"]), rtol=1e-6
         )
         np.testing.assert_allclose(found.test_loss, sweep(blobs, axes).test_loss, rtol=1e-3)
 
@@ -238,9 +236,7 @@ class TestRefusedBeforeAnyWork:
 
     @pytest.mark.parametrize("name", NAMES)
     def test_names_of_models(self, refused, name):
-        words = r"a model's name must be a string that can name a file \(not empty, .* got " + re.escape(
-            repr(name)
-        )
+        words = r"a model's name must be a string that can name a file \(not empty, .* got " + re.escape(repr(name))
         refused(words, {"a": MODEL, name: MODEL})
 
     @pytest.mark.parametrize("name", NAMES)
@@ -495,15 +491,7 @@ class TestAProbeChangesNothing:
         hyper = bnjax.Hyperparams(learning_rate=0.02, weight_decay=1e-3)
         plain, probed = (
             bnjax.sweep(
-                model,
-                blobs,
-                config,
-                axes,
-                hyper=hyper,
-                probe=one,
-                segment=segment,
-                width=width,
-                progress=False,
+                model, blobs, config, axes, hyper=hyper, probe=one, segment=segment, width=width, progress=False
             )[[*History._fields]]
             for one in (None, probe(model))
         )

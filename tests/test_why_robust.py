@@ -205,10 +205,7 @@ class TestSparseParity:
 
     @pytest.mark.parametrize(
         ("options", "words"),
-        [
-            ({"order": 0}, "order must be at least 1"),
-            ({"dimensions": 3, "order": 4}, "at most the 3 dimensions"),
-        ],
+        [({"order": 0}, "order must be at least 1"), ({"dimensions": 3, "order": 4}, "at most the 3 dimensions")],
     )
     def test_bad_input(self, options, words):
         with pytest.raises(ValueError, match=words):
@@ -230,11 +227,7 @@ def results(dims, test_accuracy, train_loss=1.0, **attrs):
     accuracy = test_accuracy if isinstance(test_accuracy, xr.DataArray) else grid(dims, test_accuracy)
     full = grid(dims, 0)
     diverged = full.isel(step=-1, drop=True) > 1
-    variables = {
-        "test_accuracy": full + accuracy,
-        "train_accuracy": full + accuracy,
-        "train_loss": full + train_loss,
-    }
+    variables = {"test_accuracy": full + accuracy, "train_accuracy": full + accuracy, "train_loss": full + train_loss}
     return xr.Dataset(variables | {"diverged": diverged}, attrs={"config": {"steps": 100}} | attrs)
 
 
@@ -255,9 +248,7 @@ def test_verdict():
 def test_frozen(learns):
     dims = {"task": ["images", "xor"], "model": ["trained", "frozen"], "init_scale": SCALES, "seed": SEEDS}
     accuracy = grid(dims, 0.5)
-    trained = (accuracy.model == "trained") & (
-        accuracy.init_scale <= 1 if learns else accuracy.init_scale > 1
-    )
+    trained = (accuracy.model == "trained") & (accuracy.init_scale <= 1 if learns else accuracy.init_scale > 1)
     accuracy = accuracy.where(~trained, 0.95)
     angle = grid(dims | {"probe_step": [0, 100], "layer": LAYERS}, 0).where(~trained, 80)
     found = verdicts(frozen.judge(results(dims, accuracy).assign(angle=angle)))
@@ -287,12 +278,7 @@ def test_detached(enough):
 
 def test_detached_prints_the_best_rate_for_each_scale():
     """Both rates reach 82% somewhere, the lower one first in the grid; at scale 1 the higher one is better."""
-    dims = {
-        "model": list(detached.DETACHED),
-        "learning_rate": [0.01, 0.1],
-        "init_scale": SCALES,
-        "seed": SEEDS,
-    }
+    dims = {"model": list(detached.DETACHED), "learning_rate": [0.01, 0.1], "init_scale": SCALES, "seed": SEEDS}
     accuracy = grid(dims, 0.82)
     accuracy = accuracy.where((accuracy.learning_rate > 0.05) | (accuracy.init_scale != 1), 0.79)
     norms = grid(dims | {"probe_step": [0, 100], "layer": LAYERS}, 1)
@@ -306,9 +292,7 @@ def test_detached_prints_the_best_rate_for_each_scale():
 def test_evaluation(fails):
     dims = {"model": ["momentum 0.9"], "init_scale": SCALES, "seed": SEEDS, "probe_step": [0, 10, 100]}
     ones = grid(dims, 0.8)
-    found = xr.Dataset(
-        {"running": ones - 0.3 * fails, "recomputed": ones, "batch": ones - (0 if fails else 0.2)},
-    )
+    found = xr.Dataset({"running": ones - 0.3 * fails, "recomputed": ones, "batch": ones - (0 if fails else 0.2)})
     expected = ["supported", "supported", "supported"] if fails else ["not supported"] * 3
     assert verdicts(evaluation.judge(found)) == expected
 
@@ -415,9 +399,7 @@ def test_the_dip_is_the_same_number_in_all_claims():
 
 
 def test_end_of_training():
-    accuracy = xr.DataArray(
-        [0.1, 0.5, 0.1, 0.3, 0.8], {"init_scale": [1e-4, 1e-3, 1e-2, 0.05, 0.1]}, ["init_scale"]
-    )
+    accuracy = xr.DataArray([0.1, 0.5, 0.1, 0.3, 0.8], {"init_scale": [1e-4, 1e-3, 1e-2, 0.05, 0.1]}, ["init_scale"])
     assert dip.end_of_training(accuracy) == 0.05  # the one at 1e-3 is on the other side of a gap
     assert dip.end_of_training(0 * accuracy) == math.inf
     assert dip.end_of_training(0 * accuracy + 1) == 1e-4

@@ -122,9 +122,7 @@ def gradient_growth(
             return 1.0 if B is None else (B - 2) / (B - 3)
         if activation == "relu":
             return math.pi / (math.pi - 1) if B is None else _relu_growth(B)
-    return signal_fixed_point(
-        activation, batch_size, epsilon, weight_std, scale=scale, bias=bias, start=start
-    ).growth
+    return signal_fixed_point(activation, batch_size, epsilon, weight_std, scale=scale, bias=bias, start=start).growth
 
 
 def _relu_growth(B: int) -> float:
@@ -227,12 +225,7 @@ def signal_by_layer(
 
 
 def epsilon_threshold(
-    activation: Activation,
-    epsilon: Real,
-    batch_size: Real | None = None,
-    *,
-    scale: Real = 1.0,
-    bias: Real = 0.0,
+    activation: Activation, epsilon: Real, batch_size: Real | None = None, *, scale: Real = 1.0, bias: Real = 0.0
 ) -> EpsilonThreshold:
     """The weight_std below which batch normalization's epsilon makes the signal of a deep network die out.
 
@@ -320,9 +313,7 @@ def order_chaos(activation: Activation, weight_std: Real, bias_std: Real = 0.0) 
     if math.isinf(variance):
         earlier = weight_var * float(_expect(phi, q / 100, lambda u, p, d: d * d))
         if abs(chi_1 - earlier) > 0.01 * chi_1:
-            raise ValueError(
-                "the activation makes signals blow up faster than exponentially: there is no deep limit"
-            )
+            raise ValueError("the activation makes signals blow up faster than exponentially: there is no deep limit")
 
     def correlate(c):
         product, slopes = _converge(lambda n: _correlated(phi, q, c, n))
@@ -458,9 +449,7 @@ def _table(function, edges):
 
     To the right of an edge it goes on in powers of sqrt(rho - edge).
     """
-    pieces = [
-        _interpolant(function, low, high, 2 if low > 0 else 1) for low, high in itertools.pairwise(edges)
-    ]
+    pieces = [_interpolant(function, low, high, 2 if low > 0 else 1) for low, high in itertools.pairwise(edges)]
 
     def table(rho):
         found = np.empty((2, *rho.shape))
@@ -492,9 +481,7 @@ def _interpolant(function, low, high, power):
         values = finer
         if (off.max(1) <= 100 * TOLERANCE * np.abs(values).max(1)).all():
             fit = np.polynomial.chebyshev.chebfit(2 * points(degree) - 1, values.T, degree)
-            return lambda rho: np.polynomial.chebyshev.chebval(
-                2 * ((rho - low) / (high - low)) ** (1 / power) - 1, fit
-            )
+            return lambda rho: np.polynomial.chebyshev.chebval(2 * ((rho - low) / (high - low)) ** (1 / power) - 1, fit)
     raise ValueError("the activation's moments do not converge as functions of the signal's size")
 
 
@@ -518,9 +505,7 @@ def _settle(layer, gain, start):
             t, previous = float(step(np.array([t]))[0]), t
             if abs(t - previous) <= 1e-12 * previous or t < 1e-100:
                 return t if t >= 1e-100 else 0.0
-        raise ValueError(
-            f"the signal's recursion does not settle: V / epsilon is {previous:.6g}, then {t:.6g}"
-        )
+        raise ValueError(f"the signal's recursion does not settle: V / epsilon is {previous:.6g}, then {t:.6g}")
     grows = float(step(np.array([start]))[0]) > start
     ahead = grid > start if grows else grid < start
     passed = np.flatnonzero(ahead & ((after <= grid) if grows else (after >= grid)))
@@ -528,9 +513,7 @@ def _settle(layer, gain, start):
         return 0.0
     turn = grid[passed[0] if grows else passed[-1]]
     low, high = (
-        (max(start, turn * (grid[0] / grid[1])), turn)
-        if grows
-        else (turn, min(start, turn * (grid[1] / grid[0])))
+        (max(start, turn * (grid[0] / grid[1])), turn) if grows else (turn, min(start, turn * (grid[1] / grid[0])))
     )
     for _ in range(60):
         middle = math.sqrt(low * high)
@@ -548,9 +531,7 @@ def _moments(psi, B, rho):
     """`spread` and `slope` of the module's docstring at each rho [M], both [M]."""
     nodes = _normal_moments if B is None else _sphere_moments
     return _converge(
-        lambda n: np.concatenate(
-            [nodes(psi, B, part, n) for part in np.array_split(rho, -(-len(rho) // 8))], 1
-        )
+        lambda n: np.concatenate([nodes(psi, B, part, n) for part in np.array_split(rho, -(-len(rho) // 8))], 1)
     )
 
 
@@ -628,9 +609,7 @@ def _sphere_moments(psi, B, rho, n):
     theta, outer = _panels(_edges(inner, limit, parts), n)  # [M, T]
     outer = outer * np.cos(theta) ** (B - 3)
     a, across = np.sin(theta)[:, :, None], math.cos(shift) * np.cos(theta)[:, :, None]
-    eta, weights = _panels(
-        _edges(np.arcsin(np.clip((kinks[:, None] - c * a) / across, -1, 1)), limit, parts), n
-    )
+    eta, weights = _panels(_edges(np.arcsin(np.clip((kinks[:, None] - c * a) / across, -1, 1)), limit, parts), n)
     weights = outer[:, :, None] * weights * np.cos(eta) ** (B - 4)  # [M, T, H]
     weights /= weights.sum((1, 2), keepdims=True)
     b = c * a + across * np.sin(eta)
@@ -669,9 +648,7 @@ def _correlated(phi, q, c, n):
     weights = (outer * np.exp(-(a**2) / 2))[:, None] * weights * np.exp(-(w**2) / 2) / (2 * math.pi)
     value_a, slope_a = _evaluate(phi, math.sqrt(q) * a)
     value_b, slope_b = _evaluate(phi, math.sqrt(q) * (c * a[:, None] + rest * w))
-    return np.array(
-        [(weights * pair).sum() for pair in (value_a[:, None] * value_b, slope_a[:, None] * slope_b)]
-    )
+    return np.array([(weights * pair).sum() for pair in (value_a[:, None] * value_b, slope_a[:, None] * slope_b)])
 
 
 def _length_fixed_point(phi, weight_var, bias_var):
@@ -765,9 +742,7 @@ def _evaluate(psi, z):
     except Exception as error:
         raise ValueError(f"the activation must be an elementwise JAX function: {error}") from error
     if any(np.shape(part) != (_CHUNK,) or part.dtype.kind != "f" for pair in found for part in pair):
-        raise ValueError(
-            "the activation must be an elementwise JAX function: its output has another shape or type"
-        )
+        raise ValueError("the activation must be an elementwise JAX function: its output has another shape or type")
     value, slope = (np.concatenate(part)[: flat.size].astype(float) for part in zip(*found, strict=True))
     bad = ~(np.isfinite(value) & np.isfinite(slope))
     if bad.any():
@@ -807,14 +782,10 @@ def _with_breaks(psi, limit):
         size = np.abs(slope).max(1, keepdims=True) + 1e-6 * size_of_slope
         inner = left[:, None] + width / parts * np.arange(parts)
         value_in, slope_in = _evaluate(psi, inner[:, :, None] + width / parts * (x + 1) / 2)
-        off = np.abs((slope @ to_children.T).reshape(slope_in.shape) - slope_in).max((1, 2), keepdims=True)[
-            :, 0
-        ]
+        off = np.abs((slope @ to_children.T).reshape(slope_in.shape) - slope_in).max((1, 2), keepdims=True)[:, 0]
         smooth = (off <= 1e-7 * size)[:, 0]
         noise = 1e-13 * size_of_value / width
-        wrong = smooth & (
-            np.abs(value @ derivative.T * (2 / width) - slope).max(1) > 1e-5 * size[:, 0] + 100 * noise
-        )
+        wrong = smooth & (np.abs(value @ derivative.T * (2 / width) - slope).max(1) > 1e-5 * size[:, 0] + 100 * noise)
         if wrong.any():
             raise ValueError(
                 "the activation's derivative does not fit it (a jump, a rule of its own, "

@@ -166,9 +166,7 @@ def train(name, x, *, mask=None, epsilon=1e-5, axis=-1, momentum=0.5, **options)
     use_scale, use_bias = options.get("use_scale", True), options.get("use_bias", True)
     g = cotangent(x, mask)
     params = (scale if use_scale else None, bias if use_bias else None)
-    y, stats, dx, dparams = layer.train(
-        params, layer.stored(np.zeros_like(scale), np.ones_like(scale)), x, mask, g
-    )
+    y, stats, dx, dparams = layer.train(params, layer.stored(np.zeros_like(scale), np.ones_like(scale)), x, mask, g)
     scale, bias = (scale if use_scale else np.ones_like(scale)), (bias if use_bias else np.zeros_like(bias))
     expected = reference.train(x, scale, bias, epsilon=epsilon, axis=axis, mask=mask, cotangent=g)
     return (y, layer.moments(stats), dx, *dparams), expected
@@ -254,9 +252,7 @@ def counter_at_its_end(name, momentum) -> float:
     exact = x.astype(np.longdouble)
     batch = exact.mean(0), exact.var(0) * (64 / 63 if layers.ALL[name].unbiased else 1)
     weight = 1 / MOST_BATCHES if momentum is None else 1 - momentum
-    return worst(
-        *map(error, moments, (old + weight * (new - old) for old, new in zip(STORED, batch, strict=True)))
-    )
+    return worst(*map(error, moments, (old + weight * (new - old) for old, new in zip(STORED, batch, strict=True))))
 
 
 def shared(name, xs, part, masks=None) -> float:
@@ -377,9 +373,7 @@ def no_information(name, x, **options) -> float:
     layer = make(name, x, epsilon=options.get("epsilon", 1e-5), momentum=0.5)
     params, mask = parameters((3,)), options.get("mask")
     y, _, dx, (dscale, _) = layer.train(params, layer.start(), x, mask, cotangent(x))
-    return worst(
-        error(y, np.tile(params[1], (len(x), 1))), *(error(d, np.zeros(d.shape)) for d in (dx, dscale))
-    )
+    return worst(error(y, np.tile(params[1], (len(x), 1))), *(error(d, np.zeros(d.shape)) for d in (dx, dscale)))
 
 
 def confined(name, value) -> float:
@@ -464,16 +458,12 @@ def rows() -> list[Case]:
         semantics("without bias", p(both, x=x, use_bias=False)),
         semantics("without scale and bias", p(both, x=x, use_scale=False, use_bias=False)),
         semantics("momentum 0.9: running statistics after 5 batches", p(running, xs=BATCHES)),
-        semantics(
-            "momentum 0.99: running statistics after 1 batch", p(running, xs=BATCHES[:1], momentum=0.99)
-        ),
+        semantics("momentum 0.99: running statistics after 1 batch", p(running, xs=BATCHES[:1], momentum=0.99)),
         semantics("momentum None: average over 5 batches", p(running, xs=BATCHES, momentum=None)),
         semantics("momentum None: average over 10,000 batches", p(running, xs=MANY_BATCHES, momentum=None)),
         semantics("biased running variance, by option or default", p(running, xs=BATCHES, unbiased=False)),
         semantics("unbiased running variance, by option or default", p(running, xs=BATCHES, unbiased=True)),
-        semantics(
-            "evaluation by the running statistics", p(evaluation, x=x, mean=[3, 2, 1], var=[4, 1, 0.1])
-        ),
+        semantics("evaluation by the running statistics", p(evaluation, x=x, mean=[3, 2, 1], var=[4, 1, 0.1])),
         semantics("mask: output", p(output, x=x, mask=SOME_MASKED)),
         semantics("mask: gradient", p(gradient, x=x, mask=SOME_MASKED)),
         semantics("mask: statistics", p(statistics, x=x, mask=SOME_MASKED)),
@@ -485,8 +475,7 @@ def rows() -> list[Case]:
         *(semantics(f"axis_name over single examples: {part}", p(shared, xs=x, part=part)) for part in PARTS),
         *(
             semantics(
-                f"axis_name, unequal numbers of valid examples: {part}",
-                p(shared, xs=devices, masks=unequal, part=part),
+                f"axis_name, unequal numbers of valid examples: {part}", p(shared, xs=devices, masks=unequal, part=part)
             )
             for part in PARTS
         ),
@@ -524,9 +513,7 @@ def rows() -> list[Case]:
             for part in PARTS
         ),
         *(
-            numerics(
-                f"constant features {text}: distance from the bias", p(constant_feature, values=values), EXACT
-            )
+            numerics(f"constant features {text}: distance from the bias", p(constant_feature, values=values), EXACT)
             for text, values in (("0.1, 7, 1,000", [0.1, 7, 1e3]), ("1e-30, -3e7, 1e30", [1e-30, -3e7, 1e30]))
         ),
         numerics("float16, std 300: output", p(output, x=f16), 2**-10),
@@ -537,9 +524,7 @@ def rows() -> list[Case]:
         numerics("bfloat16, mean 100: evaluation", p(evaluation_of_its_own_batch, x=bf16), 2**-7),
         numerics("bfloat16, mean 100: statistics", p(statistics, x=bf16)),
         numerics("bfloat16: type of output and gradient", p(output_type, dtype="bfloat16"), EXACT),
-        numerics(
-            "float64, x64 on: type of output and gradient", p(output_type, dtype="float64"), EXACT, x64=True
-        ),
+        numerics("float64, x64 on: type of output and gradient", p(output_type, dtype="float64"), EXACT, x64=True),
         numerics("float64, x64 on, mean/std 1e4: output", p(output, x=f64), 1e-10, x64=True),
         numerics("inputs near 1e30: output", p(output, x=np.float32(1e30) * x)),
         numerics("inputs near 1e30: gradient", p(gradient, x=np.float32(1e30) * x), GRADIENT),
@@ -577,20 +562,14 @@ def rows() -> list[Case]:
             convention=True,
         ),
         *(
-            edge(
-                f"axis_name, one device fully masked: {part}",
-                p(shared, xs=devices, masks=one_empty, part=part),
-            )
+            edge(f"axis_name, one device fully masked: {part}", p(shared, xs=devices, masks=one_empty, part=part))
             for part in PARTS
         ),
         edge("NaN in one feature: the others", p(confined, value=np.nan)),
         edge("Inf in one feature: the others", p(confined, value=np.inf)),
         edge("momentum 0: the last batch's statistics", p(running, xs=BATCHES, momentum=0.0)),
         edge("momentum 0, std 1e-4: the last batch's statistics", p(running, xs=SMALL_BATCHES, momentum=0.0)),
-        edge(
-            "momentum None, std 1e-4: the first batch's statistics",
-            p(running, xs=SMALL_BATCHES[:1], momentum=None),
-        ),
+        edge("momentum None, std 1e-4: the first batch's statistics", p(running, xs=SMALL_BATCHES[:1], momentum=None)),
         edge("momentum 1: running statistics as they were", p(unchanged, x=x, momentum=1.0), EXACT),
         edge("momentum 0.99: 10,000 batches", p(running, xs=MANY_BATCHES, momentum=0.99)),
         edge("momentum 0.5: the count at batch 2^31 does no harm", p(counter_at_its_end, momentum=0.5)),

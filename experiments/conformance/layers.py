@@ -71,12 +71,8 @@ class Layer(NamedTuple):
     moments: Callable[[Any], tuple]  # (stats) -> the (mean, var), [C] each, that evaluation uses
     train: Callable[..., tuple]  # (params, stats, x, mask, cotangent) -> (y, stats, dx, (dscale, dbias))
     evaluate: Callable[..., tuple]  # (params, stats, x, cotangent) -> (y, dx)
-    steps: Callable[
-        ..., Any
-    ]  # (params, stats, xs) -> stats after each of xs in turn; in lax.scan where there is JAX
-    devices: Callable[
-        ..., tuple
-    ]  # (params, stats, xs, masks, cotangents), each with a leading axis for devices
+    steps: Callable[..., Any]  # (params, stats, xs) -> stats after each of xs in turn; in lax.scan where there is JAX
+    devices: Callable[..., tuple]  # (params, stats, xs, masks, cotangents), each with a leading axis for devices
     # -> (ys, stats, dxs, (dscale, dbias)), the first three with that axis
 
 
@@ -148,9 +144,7 @@ def bnjax_layer(options: Options) -> Layer:
 
     def call(params, stats, x, mask, train):
         params = BatchNormParams(*params)
-        return batch_norm.apply(
-            params, stats, x, train=train, mask=mask, unbiased=bool(options.unbiased), **named
-        )
+        return batch_norm.apply(params, stats, x, train=train, mask=mask, unbiased=bool(options.unbiased), **named)
 
     return jax_layer(
         start,
@@ -456,11 +450,7 @@ def torch_layer(options: Options) -> Layer:
         return stats_of(module)
 
     def stored(mean, var, count=10**6):
-        return {
-            "running_mean": tensor(mean),
-            "running_var": tensor(var),
-            "num_batches_tracked": torch.tensor(count),
-        }
+        return {"running_mean": tensor(mean), "running_var": tensor(var), "num_batches_tracked": torch.tensor(count)}
 
     def moments(stats):
         return array(stats["running_mean"]), array(stats["running_var"])

@@ -76,9 +76,7 @@ def _network(inputs: int, **given) -> tuple[bnjax.Model, bnjax.Probe]:
     return model, probes.weights(model, (inputs,))
 
 
-def networks(
-    setup: Setup, changes: Mapping[str, Mapping]
-) -> tuple[dict[str, bnjax.Model], dict[str, bnjax.Probe]]:
+def networks(setup: Setup, changes: Mapping[str, Mapping]) -> tuple[dict[str, bnjax.Model], dict[str, bnjax.Probe]]:
     """{name: model} and {name: probe of its weights}, by what `bnjax.mlp` is given beside the flags."""
     inputs = setup.images.train_x.shape[-1]
     made = {name: _network(inputs, **(setup.network | change)) for name, change in changes.items()}
@@ -91,9 +89,7 @@ def run(setup: Setup, models, ds: bnjax.Dataset, config: bnjax.TrainConfig, axes
     return bnjax.sweep(models, ds, config, axes, hyper=hyper, probe=probe)
 
 
-def rates_and_scales(
-    setup: Setup, rates: str | None = None, scales: list[float] | None = None
-) -> dict[str, list]:
+def rates_and_scales(setup: Setup, rates: str | None = None, scales: list[float] | None = None) -> dict[str, list]:
     """The axes of a sweep: learning rates (of that flag), init scales, seeds."""
     axes = {"init_scale": scales or setup.init_scales, "seed": setup.seeds}
     return axes if rates is None else {"learning_rate": setup.values[rates]} | axes
@@ -135,11 +131,7 @@ def first_step(
             "first_gradient_norm": norms[1],
             "norm_after": norms[2],
             "radial_cosine": (before / norms[0] * gradient / norms[1]).sum(),
-            **(
-                {"rank_before": probes.stable_rank(before), "rank_after": probes.stable_rank(after)}
-                if ranks
-                else {}
-            ),
+            **({"rank_before": probes.stable_rank(before), "rank_after": probes.stable_rank(after)} if ranks else {}),
         }
 
     def measure(model, seed, scale, ds):
@@ -153,15 +145,12 @@ def first_step(
 
     def all_models(seeds, scales, ds):
         found = [
-            jax.vmap(lambda a, m=m: jax.vmap(lambda s: measure(m, s, a, ds))(seeds))(scales)
-            for m in models.values()
+            jax.vmap(lambda a, m=m: jax.vmap(lambda s: measure(m, s, a, ds))(seeds))(scales) for m in models.values()
         ]
         return jax.tree.map(lambda *a: jnp.stack(a), *found)
 
     with jax.enable_x64(True):
-        double = jax.tree.map(
-            lambda a: a[:batch_size].astype("float64" if a.dtype.kind == "f" else a.dtype), ds
-        )
+        double = jax.tree.map(lambda a: a[:batch_size].astype("float64" if a.dtype.kind == "f" else a.dtype), ds)
         found = jax.jit(all_models)(np.asarray(seeds, np.uint32), np.asarray(scales), double)
         found = jax.tree.map(np.asarray, found)
     dims = ("model", "init_scale", "seed", "layer")

@@ -99,9 +99,7 @@ def gradient_growth(model: bnjax.Model, ds: bnjax.Dataset, batch_size: int, seed
 
     def logs(seed, ds):
         params, stats = model.init(jax.random.key(seed), ds.train_x.shape[1:], 1.0)
-        slopes = gradients(model, params, stats, ds.train_x[:batch_size], ds.train_y[:batch_size])["hidden"][
-            "kernel"
-        ]
+        slopes = gradients(model, params, stats, ds.train_x[:batch_size], ds.train_y[:batch_size])["hidden"]["kernel"]
         return jnp.log((slopes**2).sum((1, 2)))
 
     found = np.asarray(jax.jit(jax.vmap(logs, in_axes=(0, None)))(np.asarray(seeds, np.uint32), ds))
@@ -153,11 +151,8 @@ def judge(results: xr.Dataset) -> list[Finding]:
                 f"measured at the start, {int(one.depth[-1])} layers: {spread(growth, lambda v: f'{v:.3f}')}",
                 {
                     "the deepest does not train well": reach < float(one.depth.max()),
-                    "the last that trains at all is no deeper": some
-                    < min(20 * scale, float(one.depth.max())),
-                    "measured growth within 10% of mean field": bool(
-                        abs(float(growth.median()) / theory - 1) < 0.1
-                    ),
+                    "the last that trains at all is no deeper": some < min(20 * scale, float(one.depth.max())),
+                    "measured growth within 10% of mean field": bool(abs(float(growth.median()) / theory - 1) < 0.1),
                 },
             )
         )
@@ -170,9 +165,7 @@ def draw(results: xr.Dataset):
     shown = []
     for variant in results.variant.values:
         one = accuracy.sel(variant=variant)
-        series = {
-            f"learning rate {number(float(r))}": one.sel(learning_rate=r) for r in one.learning_rate.values
-        }
+        series = {f"learning rate {number(float(r))}": one.sel(learning_rate=r) for r in one.learning_rate.values}
         scale = mean_field.depth_scale(float(results.theory.sel(variant=variant)))
         marks = {f"{k} depth scales": k * scale for k in (2, 6, 12)} if math.isfinite(scale) else {}
         shown.append(

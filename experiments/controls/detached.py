@@ -31,9 +31,7 @@ DETACHED = {BN: (), "mean detached": ("mean",), "var detached": ("var",), "both 
 
 def measure(setup: Setup) -> xr.Dataset:
     """Dimensions (model, learning_rate, init_scale, seed), and the first gradient's radial part at scale 1."""
-    models, probe = networks(
-        setup, {name: {"detach": names} if names else {} for name, names in DETACHED.items()}
-    )
+    models, probe = networks(setup, {name: {"detach": names} if names else {} for name, names in DETACHED.items()})
     axes = rates_and_scales(setup, "detached_rates")
     results = run(setup, models, setup.images, setup.config, axes, probe=probe)
     start = first_step(models, setup.images, setup.config.batch_size, 0.1, setup.seeds, [1.0], ranks=False)
@@ -66,9 +64,7 @@ def judge(results: xr.Dataset) -> list[Finding]:
     grown = np.log10(norms.isel(probe_step=-1) / norms.isel(probe_step=0))
     rate = float(results.learning_rate.max())
     grown = at(grown.sel(learning_rate=rate), 1).median("layer")
-    growth = "; ".join(
-        f"{name} {spread(grown.sel(model=name), lambda v: f'{10**v:.3g}')}" for name in DETACHED
-    )
+    growth = "; ".join(f"{name} {spread(grown.sel(model=name), lambda v: f'{10**v:.3g}')}" for name in DETACHED)
     others = [name for name in DETACHED if name != BN]
     variance = [name for name in others if "var" in DETACHED[name]]
     return [
@@ -78,9 +74,7 @@ def judge(results: xr.Dataset) -> list[Finding]:
             "; ".join(text(name) for name in DETACHED),
             {
                 f"{name}: as many decades (less 0.5), best within 3 points": not (
-                    math.isnan(ranges[name])
-                    or ranges[name] < ranges[BN] - 0.51
-                    or best[name] < best[BN] - 0.03
+                    math.isnan(ranges[name]) or ranges[name] < ranges[BN] - 0.51 or best[name] < best[BN] - 0.03
                 )
                 for name in others
             },
@@ -110,9 +104,7 @@ def draw(results: xr.Dataset):
     shown = [
         plots.Panel("Best learning rate for each scale", "final test accuracy (%)", by_model(best)),
         plots.Panel(
-            f"Learning rate {number(rate)}",
-            "final test accuracy (%)",
-            by_model(accuracy.sel(learning_rate=rate)),
+            f"Learning rate {number(rate)}", "final test accuracy (%)", by_model(accuracy.sel(learning_rate=rate))
         ),
         plots.Panel(
             f"Growth of |W|, learning rate {number(rate)}",

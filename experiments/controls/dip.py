@@ -55,9 +55,7 @@ def measure(setup: Setup) -> xr.Dataset:
     axes = axes | {"init_scale": near or scales}
     hyper = setup.hyper._replace(learning_rate=ADAM_RATE)
     adam = dataclasses.replace(setup.config, optimizer="adam")
-    other = final(
-        run(setup, models_of(setup, smallest), setup.images, adam, axes, hyper=hyper)
-    ).train_accuracy
+    other = final(run(setup, models_of(setup, smallest), setup.images, adam, axes, hyper=hyper)).train_accuracy
     other = other.isel(model=0, drop=True).reindex(init_scale=scales)
     attrs = {"layers": len(base), "epsilon": setup.network["epsilon"], "rate": setup.hyper.learning_rate}
     return results.assign(adam_accuracy=other).assign_attrs(attrs)
@@ -143,16 +141,12 @@ def ends(results: xr.Dataset) -> tuple[list[tuple[str, int, float, float]], floa
         if depth > 2 and lowest < end < math.inf
     ]
     factor = float(np.median(factors)) if factors else math.nan
-    return [
-        (text, depth, end, predicted_end(*arguments, factor)) for text, depth, end, arguments in cells
-    ], factor
+    return [(text, depth, end, predicted_end(*arguments, factor)) for text, depth, end, arguments in cells], factor
 
 
 def near_rate(results: xr.Dataset) -> float:
     """Of the learning rates of the dip that nearest to the one of the other controls."""
-    return min(
-        map(float, results.learning_rate.values), key=lambda r: abs(math.log(r / results.attrs["rate"]))
-    )
+    return min(map(float, results.learning_rate.values), key=lambda r: abs(math.log(r / results.attrs["rate"])))
 
 
 def judge(results: xr.Dataset) -> list[Finding]:
@@ -181,9 +175,7 @@ def judge(results: xr.Dataset) -> list[Finding]:
 
     scales = results.init_scale.values
     pooled = [
-        middle.sel(epsilon=e, learning_rate=rate).isel(
-            init_scale=(scales >= threshold(e) / 2) & (scales <= 0.5)
-        )
+        middle.sel(epsilon=e, learning_rate=rate).isel(init_scale=(scales >= threshold(e) / 2) & (scales <= 0.5))
         for e in epsilons
     ]
     correlation = rank_correlation(*(np.concatenate([one[name].values for one in pooled]) for name in both))
@@ -239,9 +231,7 @@ def judge(results: xr.Dataset) -> list[Finding]:
     ]
 
 
-def effective_at(
-    middle: xr.Dataset, epsilon: float, rate: float, places: Mapping[float, xr.Dataset]
-) -> xr.DataArray:
+def effective_at(middle: xr.Dataset, epsilon: float, rate: float, places: Mapping[float, xr.Dataset]) -> xr.DataArray:
     """log10 of the lowest effective learning rate of the dip."""
     return at(middle.effective.sel(epsilon=epsilon, learning_rate=rate), float(places[epsilon].scale))
 
@@ -301,18 +291,14 @@ def draw(results: xr.Dataset):
     }
     depths = {f"{results.attrs['layers']} hidden layers": accuracy.sel(epsilon=nearest, learning_rate=rate)}
     if "depth_accuracy" in results:
-        depths |= {
-            f"{int(d)} hidden layers": 100 * results.depth_accuracy.sel(depth=d) for d in results.depth.values
-        }
+        depths |= {f"{int(d)} hidden layers": 100 * results.depth_accuracy.sel(depth=d) for d in results.depth.values}
     optimizers = {
         f"SGD, learning rate {number(rate)}": accuracy.sel(epsilon=smallest, learning_rate=rate),
         f"Adam, learning rate {ADAM_RATE:g}": 100 * results.adam_accuracy,
     }
     lowest = float(results.init_scale.min())
     held = sorted(
-        (predicted, end)
-        for _, depth, end, predicted in ends(results)[0]
-        if depth > 2 and lowest < end < math.inf
+        (predicted, end) for _, depth, end, predicted in ends(results)[0] if depth > 2 and lowest < end < math.inf
     )
     theory = [predicted for predicted, _ in held]
     against = {
@@ -320,9 +306,7 @@ def draw(results: xr.Dataset):
         "equal": xr.DataArray(theory, {"theory": theory}, ["theory"]),
     }
     shown = [
-        plots.Panel(
-            f"SGD, learning rate {number(rate)}", ylabel, by_epsilon(accuracy), marks=limits, paired=True
-        ),
+        plots.Panel(f"SGD, learning rate {number(rate)}", ylabel, by_epsilon(accuracy), marks=limits, paired=True),
         plots.Panel(
             "At the end",
             "effective learning rate lr / |W|^2",
@@ -349,9 +333,7 @@ def draw(results: xr.Dataset):
             unconnected=["measured"],
         ),
     ]
-    return plots.panels(
-        shown, title="The dip near the threshold (dotted), and the end of training", columns=3
-    )
+    return plots.panels(shown, title="The dip near the threshold (dotted), and the end of training", columns=3)
 
 
 CONTROL = Control(

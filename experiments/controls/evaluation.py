@@ -39,10 +39,7 @@ def measure(setup: Setup) -> xr.Dataset:
                 "batch": model.apply(params, stats, ds.test_x, train=True)[0],
                 "recomputed": model.apply(params, anew, ds.test_x, train=False)[0],
             }
-            return {
-                name: (logits.argmax(-1) == ds.test_y).mean(dtype=jnp.float32)
-                for name, logits in found.items()
-            }
+            return {name: (logits.argmax(-1) == ds.test_y).mean(dtype=jnp.float32) for name, logits in found.items()}
 
         probe[name] = bnjax.Probe(measure)
     axes = rates_and_scales(setup)
@@ -72,8 +69,7 @@ def judge(results: xr.Dataset) -> list[Finding]:
             at_one = spread(at(one, 1), points)
             found.append(
                 Finding(
-                    f"Running statistics ({name}) fail in evaluation after {step} steps: they cost more than "
-                    f"5 points.",
+                    f"Running statistics ({name}) fail in evaluation after {step} steps: they cost more than 5 points.",
                     f"worst at scale {number(worst)}: {', '.join(parts)}; at scale 1 they cost {at_one} "
                     f"points; "
                     f"they cost more than 5 points at {len(failing)} of {len(medians)} scales",
@@ -108,15 +104,9 @@ def draw(results: xr.Dataset):
     for name in results.model.values:
         for step in early_and_last(results):
             one = 100 * results[["running", "batch", "recomputed"]].sel(model=name, probe_step=step)
-            labels = {
-                "running": "running",
-                "batch": "of the test batch",
-                "recomputed": "taken anew over training data",
-            }
+            labels = {"running": "running", "batch": "of the test batch", "recomputed": "taken anew over training data"}
             series = {labels[kind]: one[kind] for kind in labels}
-            shown.append(
-                plots.Panel(f"{name}, {step} steps", "test accuracy (%)", series, levels={"chance": 10})
-            )
+            shown.append(plots.Panel(f"{name}, {step} steps", "test accuracy (%)", series, levels={"chance": 10}))
     return plots.panels(shown, title="Which statistics evaluation uses", columns=2)
 
 

@@ -27,13 +27,8 @@ def measure(setup: Setup) -> xr.Dataset:
     """Both tasks, with hidden weights trained and frozen: dimensions (task, model, init_scale, seed)."""
     models, probe = networks(setup, {"trained": {}, "frozen": {"freeze_hidden": True}})
     config = dataclasses.replace(setup.config, steps=setup.values["frozen_steps"], eval_every=None)
-    found = [
-        run(setup, models, ds, config, rates_and_scales(setup), probe=probe)
-        for ds in (setup.images, setup.xor)
-    ]
-    return xr.concat(
-        found, xr.Variable("task", np.asarray(["images", "xor"], object)), combine_attrs="override"
-    )
+    found = [run(setup, models, ds, config, rates_and_scales(setup), probe=probe) for ds in (setup.images, setup.xor)]
+    return xr.concat(found, xr.Variable("task", np.asarray(["images", "xor"], object)), combine_attrs="override")
 
 
 def final_accuracy(results: xr.Dataset, task: str) -> xr.DataArray:

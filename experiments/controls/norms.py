@@ -53,9 +53,7 @@ def measure(setup: Setup) -> xr.Dataset:
     results = run(setup, model, setup.images, config, axes, hyper=hyper, probe=probe)
     fine = np.geomspace(min(setup.init_scales), max(setup.init_scales), 4 * len(setup.init_scales) - 3)
     rate = setup.hyper.learning_rate
-    first = first_step(
-        models, setup.images, setup.config.batch_size, rate, setup.seeds, [float(s) for s in fine]
-    )
+    first = first_step(models, setup.images, setup.config.batch_size, rate, setup.seeds, [float(s) for s in fine])
     first = first.isel(model=0, drop=True).rename(init_scale="first_scale", layer="hidden_layer")
     return results.merge(first, combine_attrs="override").assign_attrs(
         results.attrs | {"first_rate": rate, "epsilon": setup.network["epsilon"]}
@@ -71,9 +69,7 @@ def judge(results: xr.Dataset) -> list[Finding]:
     above = error.first_scale.values >= 10 * limit
     growth = (results.norm_after / results.norm_before).max("hidden_layer")
     peak = growth.idxmax("first_scale")
-    rank = (
-        results[["rank_before", "rank_after"]].mean("hidden_layer").sel(first_scale=limit, method="nearest")
-    )
+    rank = results[["rank_before", "rank_after"]].mean("hidden_layer").sel(first_scale=limit, method="nearest")
     return [
         Finding(
             "The first step makes W longer by the law |W1|^2 = |W0|^2 + lr^2 |g|^2: g is orthogonal to W.",
@@ -100,9 +96,7 @@ def judge(results: xr.Dataset) -> list[Finding]:
                     (np.abs(np.log(peak / limit)) < math.log(3)).all()
                 ),
                 "there |W| grows more than tenfold": bool((growth.max("first_scale") > 10).all()),
-                "there the stable rank falls below a third": bool(
-                    (rank.rank_after < rank.rank_before / 3).all()
-                ),
+                "there the stable rank falls below a third": bool((rank.rank_after < rank.rank_before / 3).all()),
             },
         ),
         *judge_rates_of_weights(results),
@@ -158,9 +152,7 @@ def judge_equilibrium(results: xr.Dataset) -> Finding:
     """The last third of the run with weight decay, against the formula."""
     rate = results.attrs["hyper"]["learning_rate"]
     decay = float(results.weight_decay.max())
-    late = results.sel(weight_decay=decay).isel(
-        probe_step=slice(-max(1, results.sizes["probe_step"] // 3), None)
-    )
+    late = results.sel(weight_decay=decay).isel(probe_step=slice(-max(1, results.sizes["probe_step"] // 3), None))
     norm, slopes = hidden(late.weight_norm), hidden(late.gradient_norm)
     invariant = np.sqrt(((norm * slopes) ** 2).mean("probe_step"))
     expected, turn = equilibrium(rate, decay, invariant)
@@ -210,9 +202,7 @@ def draw(results: xr.Dataset):
             theory=["law"],
             unconnected=["measured"],
         ),
-        plots.Panel(
-            "No weight decay", "effective learning rate lr / |W|^2", series, yscale="log", marks=marks
-        ),
+        plots.Panel("No weight decay", "effective learning rate lr / |W|^2", series, yscale="log", marks=marks),
     ]
     decayed = hidden(results.weight_norm).isel(weight_decay=-1).median("layer")
     scales = results.init_scale.values[:: -(-len(results.init_scale) // 6)]

@@ -29,9 +29,7 @@ class Settings:
 
     def __post_init__(self):
         for field, least in {"width": 2, "deep_factors": 1, "deep_width": 2, "deep_products": 1}.items():
-            require(
-                getattr(self, field) >= least, field, f"must be at least {least}, got {getattr(self, field)}"
-            )
+            require(getattr(self, field) >= least, field, f"must be at least {least}, got {getattr(self, field)}")
 
 
 def gaussian(seed: list[int], count: int, width: int) -> np.ndarray:
@@ -43,9 +41,7 @@ def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
     """Singular values of the wide products; condition numbers of the deep ones, in decades."""
     wide = [
         [
-            np.linalg.svd(
-                functools.reduce(np.matmul, gaussian([n, seed], n, settings.width)), compute_uv=False
-            )
+            np.linalg.svd(functools.reduce(np.matmul, gaussian([n, seed], n, settings.width)), compute_uv=False)
             for seed in settings.seeds
         ]
         for n in settings.num_factors

@@ -98,9 +98,7 @@ def inner_products(fixed: Callable, traced: Callable, p: Problem, epsilon: float
     return np.array(rows, float).T
 
 
-def measure(
-    fixed: Callable, traced: Layers, run_traced: Callable, p: Problem, epsilon: float, factors
-) -> xr.Dataset:
+def measure(fixed: Callable, traced: Layers, run_traced: Callable, p: Problem, epsilon: float, factors) -> xr.Dataset:
     """`response` for the factors and a grid from 1/1000 to 10, and `inner_products`; `run_traced`: a program."""
     grid = np.union1d(10.0 ** np.arange(-3, 1.1, 0.25), factors)
     found = response(fixed, traced, p, epsilon, grid[grid != 1])

@@ -141,9 +141,7 @@ def powers_of_a(run: Callable, p: Problem) -> np.ndarray:
     alone = zip(*(slopes([own], partial(of_one, own=own)) for own in names), strict=True)
     rows = [*map(np.array, alone), *slopes(names, lambda d: [kernels(d, names)])]
     usable = [row.size and np.isfinite(row).all() for row in rows]
-    return np.array(
-        [[row.min(), row.max()] if ok else [np.nan] * 2 for row, ok in zip(rows, usable, strict=True)]
-    )
+    return np.array([[row.min(), row.max()] if ok else [np.nan] * 2 for row, ok in zip(rows, usable, strict=True)])
 
 
 def at_epsilon(run: Callable, p: Problem, epsilon: float, exponents: np.ndarray, factors) -> xr.Dataset:
@@ -169,13 +167,7 @@ def contrast(runs: Mapping[str, Callable], p: Problem, activation: str) -> xr.Da
         "cosine": (("norm", "layer"), [cosines(run, p) for run in runs.values()]),
         "power": (("norm", "grows", "bound"), [powers_of_a(run, p) for run in runs.values()]),
     }
-    coords = {
-        "scaled": scaled_sets(depth),
-        "law": LAWS,
-        "norm": runs,
-        "layer": hidden(depth),
-        "grows": POWERS,
-    }
+    coords = {"scaled": scaled_sets(depth), "law": LAWS, "norm": runs, "layer": hidden(depth), "grows": POWERS}
     coords = {name: labels(values) for name, values in (coords | {"bound": ("least", "greatest")}).items()}
     return xr.Dataset(found, coords).expand_dims(activation=labels([activation]))
 

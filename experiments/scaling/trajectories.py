@@ -101,9 +101,7 @@ def trainer(layers: Layers, batch_size: int, seed: int) -> Callable:
     return train
 
 
-def trajectories(
-    train: Callable, p: Problem, names, epsilon: float, factors, hyper: Hyper, recorded
-) -> Trajectories:
+def trajectories(train: Callable, p: Problem, names, epsilon: float, factors, hyper: Hyper, recorded) -> Trajectories:
     """Of the named layers, run side by side. What float32 has no normal number for is not run."""
     depth = len(p.params) - 1
     factors = [float(p.x.dtype.type(a)) for a in factors]
@@ -181,9 +179,7 @@ def each_decay(train: Callable, p: Problem, names, epsilon, factors, learning_ra
     return Trajectories(*map(np.array, zip(*found, strict=True)))
 
 
-def bitwise(
-    train: Callable, p: Problem, which: str, epsilon: float, K: int, rate: float, steps: int
-) -> xr.Dataset:
+def bitwise(train: Callable, p: Problem, which: str, epsilon: float, K: int, rate: float, steps: int) -> xr.Dataset:
     """The largest deviation along the trajectories of one of `scaled_sets`, for ten a = 2^k up to |k| = K."""
     exponents = np.unique([sign * k for k in (1, K // 4, K // 2, 3 * K // 4, K) for sign in (-1, 1) if k])
     names = scaled_sets(len(p.params) - 1)[which]
