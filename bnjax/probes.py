@@ -5,6 +5,7 @@ A layer is named as the model names it: a weight matrix by its path in `params` 
 
     kernels, weights                  weight matrices, of any `bnjax.Model`
     signals, gradients, flow          its intermediates, and the gradients to them and to the matrices
+    first_step                        what one step does to each weight matrix
     singular_values                   of the Jacobian between two intermediates, over the whole batch
     spread, stable_rank, angle        of arrays
 
@@ -22,10 +23,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.experimental.sparse import linalg
 
 from bnjax import choices, compilation, tracing
+from bnjax.losses import cross_entropy
 from bnjax.networks import as_model
 from bnjax.tables import ByLayer
 from bnjax.types import RANGES, Array, Dataset, Hyperparams, Model, Probe, PyTree, Snapshot, bound, range_of, with_extra
@@ -116,16 +117,12 @@ def _with_kernels(params, batch_stats, values):
     return (jax.tree_util.tree_map_with_path(replaced, tree) for tree in (params, batch_stats))
 
 
-def _cross_entropy(outputs, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
-
-
 def weights(
     model: Any,
     input_shape: tuple[int, ...],
     *,
     batch_size: int | None = None,
-    loss: Callable[[jax.Array, jax.Array], jax.Array] = _cross_entropy,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
     extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> Probe:
     """A probe of each weight matrix W along training.
@@ -181,7 +178,7 @@ def flow(
     input_shape: tuple[int, ...],
     *,
     batch_size: int = 128,
-    loss: Callable[[jax.Array, jax.Array], jax.Array] = _cross_entropy,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
     extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> Probe:
     """A probe of each intermediate along training: what `signals` has, and gradient_norm, that of the loss to it.
@@ -397,6 +394,55 @@ def gradients(
         ByLayer((name, _norm(to_offsets[name])) for name in offsets),
         ByLayer((name, _norm(to_matrices[name])) for name in matrices),
     )
+
+
+class FirstStep(NamedTuple):
+    """What one step W_1 = W_0 - learning_rate g does to a weight matrix."""
+
+    norm_before: jax.Array  # |W_0|
+    gradient_norm: jax.Array  # |g|
+    norm_after: jax.Array  # |W_1|
+    radial_cosine: jax.Array  # of the angle between W_0 and g: 0 behind a norm, whose outputs do not depend on |W|
+    rank_before: jax.Array  # the stable rank of W_0
+    rank_after: jax.Array  # and of W_1
+
+
+def first_step(
+    model: Any,
+    params: PyTree,
+    batch_stats: PyTree,
+    x: Array,
+    y: Array,
+    learning_rate: float | int | Array,
+    *,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+) -> ByLayer:
+    """What a step of SGD without momentum does to each weight matrix.
+
+    Args:
+      model: the network.
+      params: of the network.
+      batch_stats: of the network.
+      x: the batch, [N, ...].
+      y: its labels or targets.
+      learning_rate: of the step.
+      loss: of outputs [N, K] and y, a scalar.
+
+    Returns:
+      {weight matrix: `FirstStep`}.
+    """
+    model = as_model(model)
+    paths = tracing.read(model.apply, params, batch_stats, x, train=True).kernels
+    slopes = jax.grad(lambda params: loss(model.apply(params, batch_stats, x, train=True)[0], y))(params)
+    to = kernels(slopes, among=paths)
+
+    def one(before, gradient):
+        after = before - learning_rate * gradient
+        sizes = [jnp.linalg.norm(matrix) for matrix in (before, gradient, after)]
+        cosine = (before / sizes[0] * gradient / sizes[1]).sum()
+        return FirstStep(*sizes, cosine, stable_rank(before), stable_rank(after))
+
+    return ByLayer((name, one(matrix, to[name])) for name, matrix in kernels(params, among=paths).items())
 
 
 def singular_values(

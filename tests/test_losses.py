@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import bnjax
-from bnjax import training
+from bnjax import losses
 
 MODEL = bnjax.mlp((8,), 4)
 CONFIG = bnjax.TrainConfig(steps=3, batch_size=32, eval_every=1)
@@ -85,7 +85,7 @@ def test_targets_of_floats_in_a_sweep(blobs, tmp_path):
 
 def doubled(scale):
     """Losses that differ in what they close over alone: their names are the same."""
-    return lambda outputs, targets: scale * training.cross_entropy(outputs, targets)
+    return lambda outputs, targets: scale * losses.cross_entropy(outputs, targets)
 
 
 def with_momentum(value):
@@ -150,4 +150,4 @@ def test_targets_that_do_not_fit(blobs, change, loss, message):
 
 def test_labels_as_targets_are_one_hot():
     outputs, labels = jnp.array([[0.2, 0.8], [0.5, 0.5]]), jnp.array([1, 0])
-    assert training.squared(outputs, labels) == pytest.approx((0.04 + 0.04 + 0.25 + 0.25) / 4)
+    assert losses.squared(outputs, labels) == pytest.approx((0.04 + 0.04 + 0.25 + 0.25) / 4)

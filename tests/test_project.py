@@ -26,6 +26,7 @@ ORDER = [
     "tables",
     "findings",
     "compilation",
+    "losses",
     "convolution",
     "dataflow",
     "tracing",
