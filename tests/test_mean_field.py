@@ -183,6 +183,18 @@ class TestEpsilon:
         assert found.dead_unstable**2 == pytest.approx(1e-5 * factor, rel=1e-6)
         assert found.alive == pytest.approx(found.dead_unstable, rel=1e-6)
 
+    @pytest.mark.parametrize("batch_size", [None, 16])
+    @pytest.mark.parametrize("activation", ["relu", "tanh"])
+    def test_threshold_of_init_scale(self, activation, batch_size):
+        """Of He's weights, sqrt(2) init_scale."""
+        found = mean_field.init_scale_threshold(activation, 1e-5, batch_size)
+        exact = mean_field.epsilon_threshold(activation, 1e-5, batch_size).dead_unstable
+        assert found == exact / math.sqrt(2)
+        if batch_size is None:
+            variance_gained = 1 - 1 / math.pi if activation == "relu" else 2
+            assert found == pytest.approx(math.sqrt(1e-5 / variance_gained), rel=1e-6)
+        assert mean_field.init_scale_threshold(activation, 0, batch_size) == 0
+
     def test_threshold_with_a_scale(self):
         """psi'(0) = scale."""
         found = mean_field.epsilon_threshold("tanh", 1e-5, scale=2.0)

@@ -258,8 +258,7 @@ def epsilon_threshold(
     layer = _layer(psi, B)
     t = np.r_[0, np.geomspace(1e-9, 1e9, 1801)]
     spread = layer(t)[0]
-    # Not from the interpolant, whose error would decide whether it is 0; E[s / B] = (B - 1) / B.
-    spread[0] = _ratios(psi, B, np.zeros(1))[0, 0] * (1 if B is None else (B - 1) / B)
+    spread[0] = _small_signal(psi, B)  # not from the interpolant, whose error would decide whether it is 0
     top = int(spread.argmax())
     best = spread[top]
     if top > 0:  # at t = 1e9 it is on its way to 0
@@ -270,6 +269,24 @@ def epsilon_threshold(
     with np.errstate(divide="ignore"):
         alive, dead = np.sqrt(epsilon / np.array([best, spread[0]]))
     return EpsilonThreshold(float(alive), float(dead))
+
+
+def init_scale_threshold(activation: Activation, epsilon: Real, batch_size: Real | None = None) -> float:
+    """The init_scale of He's initializers below which epsilon makes small signals die: `dead_unstable` / sqrt(2).
+
+    For ReLU in an infinite batch sqrt(epsilon pi / (pi - 1)), for smooth activations sqrt(epsilon / 2) / |phi'(0)|.
+
+    Args:
+      activation: phi, a name or an elementwise JAX function.
+      epsilon: batch normalization's; 0 gives 0.
+      batch_size: B, at least 4. None: infinite.
+
+    Raises:
+      ValueError: as `gradient_growth`.
+    """
+    B = _check(batch_size, epsilon, 1.0, None)
+    spread = _small_signal(_function(activation, B, 1.0, 0.0), B)
+    return math.sqrt(epsilon / spread) / math.sqrt(2) if spread else math.inf
 
 
 def order_chaos(activation: Activation, weight_std: Real, bias_std: Real = 0.0) -> OrderChaos:
@@ -416,6 +433,11 @@ def _layer(psi, B):
         return (ratio * s * shrink) @ weights, (slope * shrink) @ weights, rho_squared @ weights
 
     return layer
+
+
+def _small_signal(psi, B):
+    """E_s[spread] / t in the limit t = 0; E[s / B] = (B - 1) / B."""
+    return _ratios(psi, B, np.zeros(1))[0, 0] * (1 if B is None else (B - 1) / B)
 
 
 def _ratios(psi, B, rho):
