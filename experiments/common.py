@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from absl import flags, logging
 from rich.console import Console
 
 from bnjax import compilation, export
+from bnjax.sweeps.progress import LINE_SECONDS
 
 RESULTS = "results.zarr"
 MOST_VALUES = 1_000_000  # on one axis
@@ -265,14 +267,46 @@ def interruptible() -> Iterator[None]:
         reader.close()
 
 
+@contextlib.contextmanager
+def progress(total: int, description: str) -> Iterator[Callable[[], None]]:
+    """A function to call after each of `total` parts; the time left is shown on standard error.
+
+    On a terminal that is a bar, elsewhere a line a minute.
+    """
+    console = Console(stderr=True)
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task, start = bar.add_task(description, total=total), time.monotonic()
+    last = start
+
+    def tick():
+        nonlocal last
+        bar.advance(task)
+        now, done = time.monotonic(), bar.tasks[0].completed
+        if bar.disable and now - last > LINE_SECONDS:
+            last, left = now, (now - start) * (total - done) / done
+            text = f"{description}: {done:.0f} of {total}, {now - start:.0f} s so far, about {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
+
+    with bar:
+        yield tick
+
+
 def in_threads(function: Callable[[Any], Any], arguments: Sequence[Any], description: str, count: int) -> list[Any]:
-    """[function(argument)], `count` at a time, in order; with a progress bar on a terminal's standard error."""
-    bar = Console(stderr=True)
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        found = pool.map(function, arguments)
-        return list(
-            rich.progress.track(found, description, total=len(arguments), console=bar, disable=not bar.is_terminal)
-        )
+    """[function(argument)], `count` at a time, in order; with progress."""
+    with progress(len(arguments), description) as tick, concurrent.futures.ThreadPoolExecutor(count) as pool:
+        found = []
+        for one in pool.map(function, arguments):
+            found.append(one)
+            tick()
+    return found
 
 
 def command(script: str, **changes: Any) -> str:
