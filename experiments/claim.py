@@ -43,6 +43,7 @@ class Claim(Generic[S]):
       must_hold: whether the script fails unless all findings are supported.
       share: of the script's time, in any unit, for the time left.
       tables: (results, settings) -> what is printed and stored beside the findings.
+      explanation: what a reader has to know of the question.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Claim(Generic[S]):
     must_hold: bool = False
     share: float | int = 1
     tables: Callable[[xr.Dataset, S], Sequence[table.Table]] = lambda results, settings: ()
+    explanation: str = ""
 
 
 def script(
@@ -147,7 +149,8 @@ def run(name: str, jobs: Sequence[tuple[Claim, Any]], ds: bnjax.Dataset | None, 
         if one.must_hold and (wrong := [each.claim for each in found if verdict(each) != "supported"]):
             failed.append(f"{one.name} must hold, but: {' '.join(wrong)}")
         path = _save_report(name, report, start, folder)
-        parts = [table.findings_text(one.name, one.question, one.source, found), *(each.text() for each in shown)]
+        about = [text for text in (one.source, one.explanation) if text]
+        parts = [table.findings_text(f"{one.name}: {one.question}", about, found), *(each.text() for each in shown)]
         print(*parts, sep="\n\n", end="\n\n", flush=True)
         spent, done = time.monotonic() - start, sum(each.share for each, _ in jobs[: i + 1])
         left = spent * (total - done) / done

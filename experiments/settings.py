@@ -5,12 +5,15 @@ this module and the mains touch absl's flags.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from absl import flags
 
+from bnjax.sweeps import grid
+from bnjax.types import Hyperparams
 from experiments import common
 
 flags.disclaim_key_flags()  # they belong to the script that asks for them
@@ -48,6 +51,27 @@ def require(holds: bool, field: str, words: str) -> None:
     """Raises `Refused` unless it holds; of use in `__post_init__`. `words`: "must be ..., got ..."."""
     if not holds:
         raise Refused(field, words)
+
+
+def at_least(settings: Any, **least: float | int) -> None:
+    """Raises `Refused` for a field that is below this."""
+    for field, value in least.items():
+        require(getattr(settings, field) >= value, field, f"must be at least {value}, got {getattr(settings, field)}")
+
+
+def positive(settings: Any, *fields: str) -> None:
+    """Raises `Refused` for a field that is not above 0 and finite."""
+    for field in fields:
+        value = getattr(settings, field)
+        require(0 < value < math.inf, field, f"must be above 0 and finite, got {value}")
+
+
+def check_axis(settings: Any, field: str, axis: str) -> None:
+    """Raises `Refused` for values that no network can be trained with: of a sweep's axis such as "learning_rate"."""
+    try:
+        grid.check({axis: list(getattr(settings, field))}, Hyperparams())
+    except ValueError as error:
+        raise Refused(field, f"cannot be swept: {error}") from None
 
 
 def define(claims: Sequence[HasSettings]) -> None:

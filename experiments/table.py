@@ -75,9 +75,9 @@ def _between(name):
     return ".*?".join(map(re.escape, _markers(name)))
 
 
-def findings_text(name: str, question: str, source: str, findings: Sequence[Finding]) -> str:
-    """A claim's question and source; of each finding the claim, what was measured against its bounds, the verdict."""
-    parts = [wrapped(f"{name}: {question}")] + ([wrapped(source, "    ")] if source else [])
+def findings_text(title: str, about: Sequence[str], findings: Sequence[Finding]) -> str:
+    """Paragraphs about a claim; of each finding the claim, what was measured against its bounds, the verdict."""
+    parts = [wrapped(title), *(wrapped(text, "    ") for text in about)]
     for one in findings:
         parts += ["", wrapped(one.claim, "  ")] + ([wrapped(one.note, "    ")] if one.note else [])
         rows = [(check.statement, check.measured, check.bound, check.status) for check in one.checks]
