@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import queue
 import re
 import shlex
 import signal
@@ -307,6 +308,23 @@ def in_threads(function: Callable[[Any], Any], arguments: Sequence[Any], descrip
             found.append(one)
             tick()
     return found
+
+
+def on_all_devices(function: Callable[[Any], Any], arguments: Sequence[Any], description: str) -> list[Any]:
+    """[function(argument)] as numpy arrays, in order, one at a time on each of JAX's devices; with progress."""
+    devices = queue.SimpleQueue()
+    for device in jax.local_devices():
+        devices.put(device)
+
+    def run(argument):
+        device = devices.get()
+        try:
+            with jax.default_device(device):
+                return jax.tree.map(np.asarray, function(argument))
+        finally:
+            devices.put(device)
+
+    return in_threads(run, arguments, description, jax.local_device_count())
 
 
 def command(script: str, **changes: Any) -> str:

@@ -154,8 +154,8 @@ def _parsed(claim, field, flag, value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def parse_counts(flag: str, text: str) -> list[int]:
-    """`1,2,5`: different numbers of at least 1, ascending.
+def parse_counts(flag: str, text: str, least: int = 1) -> list[int]:
+    """`1,2,5`: different numbers of at least `least`, ascending.
 
     Raises:
       ValueError: naming the flag, for any other text.
@@ -163,9 +163,9 @@ def parse_counts(flag: str, text: str) -> list[int]:
     try:
         found = sorted(int(part) for part in text.split(","))
     except ValueError:
-        found = [0]
-    if found[0] < 1 or found[-1] >= 2**31 or len({*found}) < len(found):
-        raise ValueError(f"--{flag} takes different numbers '1,2,5' of at least 1, got {text!r}")
+        found = [least - 1]
+    if found[0] < least or found[-1] >= 2**31 or len({*found}) < len(found):
+        raise ValueError(f"--{flag} takes different numbers '1,2,5' of at least {least}, got {text!r}")
     return found
 
 
