@@ -31,7 +31,7 @@ from rich.table import Table
 import bnjax
 from bnjax import activations, batch_norm
 from bnjax.choices import check
-from bnjax.theory import mean_field
+from bnjax.theory import mean_field, order_chaos, quadrature
 from experiments import common
 
 FLAGS = flags.FLAGS
@@ -367,7 +367,7 @@ def chaos_part() -> xr.Dataset:
     widths = [FLAGS.epsilon_width // 2, FLAGS.epsilon_width]
     theory, jobs = [], []
     for name, weight_stds in WEIGHT_STDS.items():
-        found = [mean_field.order_chaos(name, weight_std) for weight_std in weight_stds]
+        found = [order_chaos.order_chaos(name, weight_std) for weight_std in weight_stds]
         # Inputs at the fixed point; 1e-6 is near a fixed point of 0, and chi_1 of ReLU is the same for all sizes.
         sizes = [1.0 if math.isinf(fixed.variance) else max(fixed.variance, 1e-6) for fixed in found]
         sizes = np.array(sizes) / np.array(weight_stds) ** 2
@@ -420,7 +420,7 @@ def growth_answer(results: xr.Dataset) -> str:
     """How gradients grow in infinite and finite batches, in words."""
     infinite = results.theory_infinite_batch
     name, value = infinite.idxmax("activation").item(), float(infinite.max())
-    if value <= 1 + mean_field.TOLERANCE:
+    if value <= 1 + quadrature.TOLERANCE:
         smallest = results.theory.isel(batch_size=0)
         name, value = smallest.idxmax("activation").item(), float(smallest.max())
         return (

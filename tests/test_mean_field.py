@@ -11,7 +11,7 @@ import xarray as xr
 
 import bnjax
 from bnjax import activations
-from bnjax.theory import mean_field
+from bnjax.theory import mean_field, order_chaos
 
 SMOOTH = {
     "tanh": (np.tanh, lambda z: 1 / np.cosh(z) ** 2),
@@ -302,7 +302,7 @@ class TestOrderChaos:
     )
     def test_relu(self, weight_std, bias_std, variance, phase):
         """q* = bias_std^2 / (1 - weight_std^2 / 2), chi_1 = weight_std^2 / 2, by hand."""
-        found = mean_field.order_chaos("relu", weight_std, bias_std)
+        found = order_chaos.order_chaos("relu", weight_std, bias_std)
         assert found.variance == pytest.approx(variance, rel=1e-9)
         assert found.chi_1 == pytest.approx(weight_std**2 / 2, rel=1e-6)
         assert found.phase == phase
@@ -326,7 +326,7 @@ class TestOrderChaos:
         for _ in range(1000):
             c = min(1.0, (weight_std**2 * pair(np.tanh, c) + bias_std**2) / q)
         slope = weight_std**2 * pair(lambda z: 1 / np.cosh(z) ** 2, c)
-        found = mean_field.order_chaos("tanh", weight_std, bias_std)
+        found = order_chaos.order_chaos("tanh", weight_std, bias_std)
         assert found.variance == pytest.approx(q, rel=1e-5)
         assert found.correlation == pytest.approx(c, abs=1e-3)
         assert found.chi_c == pytest.approx(slope, rel=1e-3)
@@ -338,10 +338,10 @@ class TestOrderChaos:
 
     def test_tanh_is_critical_at_1(self):
         """And near it chi_1 crosses 1 (Schoenholz et al. 2017)."""
-        phases = [mean_field.order_chaos("tanh", w).phase for w in (0.9, 1.0, 1.1)]
+        phases = [order_chaos.order_chaos("tanh", w).phase for w in (0.9, 1.0, 1.1)]
         assert phases == ["ordered", "critical", "chaotic"]
-        assert math.isinf(mean_field.order_chaos("tanh", 1.0).xi_grad)
-        assert math.isnan(mean_field.order_chaos("linear", 1.0).correlation)
+        assert math.isinf(order_chaos.order_chaos("tanh", 1.0).xi_grad)
+        assert math.isnan(order_chaos.order_chaos("linear", 1.0).correlation)
 
     @pytest.mark.parametrize(
         ("activation", "weight_std"),
@@ -355,7 +355,7 @@ class TestOrderChaos:
         """
         width, depth, seeds = 400, 5, 32
         model = bnjax.mlp((width,) * depth, 10, activation, "none", initializer="lecun_normal")
-        theory = mean_field.order_chaos(activation, weight_std)
+        theory = order_chaos.order_chaos(activation, weight_std)
         size = 1.0 if math.isinf(theory.variance) else theory.variance
         rng = np.random.default_rng(1)
         x = np.linalg.qr(rng.normal(size=(width, 4)))[0].T * math.sqrt(width * size) / weight_std
@@ -475,11 +475,11 @@ class TestBadInput:
             with pytest.raises(ValueError, match=f"depth must be an integer >= 1, got {depth}"):
                 mean_field.signal_by_layer("relu", depth)
         with pytest.raises(ValueError, match=r"bias_std must be >= 0 and finite, got -0\.1"):
-            mean_field.order_chaos("tanh", 1.0, -0.1)
+            order_chaos.order_chaos("tanh", 1.0, -0.1)
         with pytest.raises(ValueError, match="weight_std must be above 0"):
-            mean_field.order_chaos("tanh", 0.0)
+            order_chaos.order_chaos("tanh", 0.0)
         with pytest.raises(ValueError, match="faster than exponentially"):
-            mean_field.order_chaos(jnp.square, 1.0)
+            order_chaos.order_chaos(jnp.square, 1.0)
 
 
 class TestExperiment:
