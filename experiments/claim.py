@@ -141,7 +141,7 @@ def run(name: str, jobs: Sequence[tuple[Claim, Any]], ds: bnjax.Dataset | None, 
         report[one.name] = {
             "question": one.question,
             "source": one.source,
-            "settings": dataclasses.asdict(values),
+            "settings": settings.stored(values),
             "seconds": round(time.monotonic() - begin, 1),
             "findings": [each.as_json() for each in found],
             "tables": [each.as_json() for each in shown],

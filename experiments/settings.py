@@ -103,6 +103,12 @@ def parse(claim: HasSettings, claims: Sequence[HasSettings], *, full: bool) -> A
         raise ValueError(f"--{flag_of[error.field]} {error.words}") from None
 
 
+def stored(settings: Any) -> dict[str, Any]:
+    """What a report says of settings; long ranges of seeds as text."""
+    values = dataclasses.asdict(settings)
+    return {name: _text(value) if _is_long_range(value) else value for name, value in values.items()}
+
+
 def _flags(claims) -> Mapping[str, tuple[HasSettings, dataclasses.Field]]:
     """{flag: (a claim that has it, its field)}."""
     found = {}
@@ -170,6 +176,8 @@ def parse_counts(flag: str, text: str, least: int = 1) -> list[int]:
 
 
 def _text(value):
+    if _is_long_range(value):
+        return f"{value[0]}:{value[-1] + 1}"
     if isinstance(value, tuple):
         if len(value) > 4 and isinstance(value[0], float):
             short = f"{value[0]:g}:{value[-1]:g}:{len(value)}"
@@ -177,3 +185,8 @@ def _text(value):
                 return short
         return ",".join(map(_text, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_long_range(value):
+    long = isinstance(value, tuple) and len(value) > 20 and isinstance(value[0], int)
+    return long and value == tuple(range(value[0], value[0] + len(value)))

@@ -109,6 +109,7 @@ def test_what_is_the_same_in_all_claims_is_one_flag(script):
     found = script(claim("a"), claim("b"), seeds="0:3", steps=5)
     assert {name: one["settings"]["steps"] for name, one in found.items()} == {"a": 5, "b": 5}
     assert found["a"]["settings"]["seeds"] == [0, 1, 2]
+    assert script(claim("a"), seeds="10:100")["a"]["settings"]["seeds"] == "10:100"
     assert found["a"]["findings"][0]["verdict"] == "supported"
 
 
