@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import scripts
 import xarray as xr
+from absl import flags
 from matplotlib.figure import Figure
 
 import bnjax
@@ -21,7 +22,6 @@ SCRIPTS = {
     "gradient_flow": ("measure", ["results.zarr", "layers.png", "scales.png"]),
     "jacobian_check": ("draw", ["jacobian.png"]),
     "mean_field": ("growth_part", ["results.zarr", "growth.png", "epsilon.png"]),
-    "scale_laws": ("measurements", ["results.zarr", "scale_laws.png"]),
     "why_robust": ("pooled", ["frozen.zarr", "depth.zarr", "depth.png"]),
 }
 SWEEP = Path(__file__).parents[1] / "docs" / "results" / "relu.zarr"
@@ -69,10 +69,10 @@ def tree(folder):
 @pytest.fixture
 def script():
     """The flags of a script, which its command is made of."""
-    module = scripts.load("scale_laws")
-    module.FLAGS(["scale_laws.py", "--width=8"])
-    yield module.SCRIPT
-    module.FLAGS.unparse_flags()
+    scripts.load("scale_laws.__main__")
+    flags.FLAGS(["scale_laws.py", "--width=8"])
+    yield "scale_laws"
+    flags.FLAGS.unparse_flags()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
