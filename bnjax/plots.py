@@ -118,7 +118,8 @@ class Panel(NamedTuple):
 
     title: str
     ylabel: str
-    series: Mapping[str, xr.DataArray]  # over one dimension, and maybe "seed": then median and range are drawn
+    # Over one dimension, and maybe "seed": then median and range are drawn. `_NAME` looks like NAME, not in the legend.
+    series: Mapping[str, xr.DataArray]
     xlabel: str = "init_scale"
     xscale: str = "log"
     yscale: str = "linear"
@@ -148,7 +149,8 @@ def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = Non
         axes.set_visible(False)
     for axes, panel in zip(grid, shown, strict=False):
         drawn = {"x": False, "y": False}  # whether there is anything that a logarithmic axis can show
-        for i, (name, values) in enumerate(panel.series.items()):
+        for name, values in panel.series.items():
+            i = [*panel.series].index(name.removeprefix("_"))
             color = COLORS[i % len(COLORS)]
             (dim,) = (d for d in values.dims if d != "seed")
             x = values[dim].values
@@ -250,101 +252,6 @@ def maps(
 def _wrapped(title, figure):
     """In lines that are no wider than the figure, but for longer words."""
     return textwrap.fill(title, int(11 * figure.get_figwidth()), break_long_words=False)
-
-
-def mean_field_growth(results: xr.Dataset) -> Figure:
-    """Growth per layer of the squared gradient norm against batch size, in theory and measured.
-
-    Args:
-      results: from `experiments.mean_field`: measured, error, theory and z (activation, batch_size), theory_curve
-        (activation, theory_batch_size), theory_infinite_batch (activation).
-
-    Returns:
-      A matplotlib figure: the growth, a factor, over the batch size; and the deviation in standard errors.
-    """
-    figure = Figure(figsize=(10.5, 4.8), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    spread = np.linspace(-0.07, 0.07, max(results.sizes["activation"], 2))
-    for i, name in enumerate(results.activation.values):
-        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
-        runs = results.sel(activation=name)
-        left.plot(runs.theory_batch_size, runs.theory_curve - 1, color=style["color"], linewidth=1.2)
-        for part, fill, label in ((runs.z.notnull(), "full", str(name)), (runs.z.isnull(), "none", None)):
-            some = runs.isel(batch_size=part.values)
-            left.errorbar(
-                some.batch_size, some.measured - 1, some.error, linestyle="", label=label, fillstyle=fill, **style
-            )
-        left.plot(1.9 * runs.theory_batch_size[-1], runs.theory_infinite_batch - 1, "_", color=style["color"], ms=16)
-        right.plot(runs.batch_size * np.exp(spread[i]), runs.z, linestyle="", **style)
-    left.set(
-        xscale="log",
-        yscale="log",
-        xlabel="batch size",
-        ylabel="growth per layer of the squared gradient norm, minus 1",
-        title="lines: theory; points: networks (filled: mean, width → ∞; open: median)",
-    )
-    for axes in (left, right):
-        sizes = [*results.batch_size.values]
-        ticks = [B for i, B in enumerate(sizes) if i == 0 or B / sizes[i - 1] > 1.19]
-        axes.set_xscale("log")
-        labels = [f"{B}" for B in ticks]
-        if axes is left:
-            ticks, labels = [*ticks, 1.9 * float(results.theory_batch_size[-1])], [*labels, "∞"]
-        axes.set_xticks(ticks, labels)
-        axes.set_xticks([], minor=True)
-        axes.set_xlim(sizes[0] / 1.2, None if axes is left else sizes[-1] * 1.2)
-        axes.grid(alpha=0.25)
-    left.legend(fontsize=9)
-    for level in (-4, 4):
-        right.axhline(level, color="0.4", linewidth=1, linestyle=":")
-    right.axhspan(-2, 2, color="0.92", zorder=0)
-    right.set(
-        xlabel="batch size",
-        ylabel="(measured - theory) / standard error",
-        ylim=(-4.6, 4.6),
-        title="deviation of the means (points side by side)",
-    )
-    return figure
-
-
-def epsilon_threshold(results: xr.Dataset, *, title: str = "") -> Figure:
-    """Signal and gradient around the threshold of init_scale that epsilon makes.
-
-    Args:
-      results: from `experiments.mean_field`: variance and growth with their *_theory and *_error (activation,
-        factor), threshold_theory (activation).
-      title: above the figure.
-
-    Returns:
-      A matplotlib figure: variance of batch normalization's output in the last layer, and growth per layer, over
-      init_scale in units of the threshold.
-    """
-    figure = Figure(figsize=(10.5, 4.6), layout="constrained", dpi=150)
-    left, right = figure.subplots(1, 2)
-    for i, name in enumerate(results.activation.values):
-        runs = results.sel(activation=name)
-        style = {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 5}
-        label = f"{name}, threshold {float(runs.threshold_theory):.2g}"  # in units of init_scale
-        for axes, what in ((left, "variance"), (right, "growth")):
-            axes.plot(runs.factor, runs[f"{what}_theory"], color=style["color"], linewidth=1.2)
-            axes.errorbar(runs.factor, runs[what], runs[f"{what}_error"], linestyle="", label=label, **style)
-    for axes in (left, right):
-        axes.axvline(1, color="0.4", linewidth=1, linestyle=":")
-        axes.set_xscale("log")
-        axes.set_xlabel("init_scale / predicted threshold")
-        axes.set_xticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.25)
-    left.set(
-        yscale="log",
-        ylabel="variance of BN's output in the last layer (1 at epsilon 0)",
-        title="signal (lines: theory, points: networks)",
-    )
-    figure.suptitle(title)
-    right.axhline(1, color="0.4", linewidth=1, linestyle=":")
-    right.set(ylabel="growth per layer of the squared gradient norm", ylim=(0, None), title="gradient")
-    left.legend(fontsize=9, loc="lower right")
-    return figure
 
 
 def flow_by_layer(rows: Mapping[str, xr.DataArray], *, names: Mapping[str, str], title: str = "") -> Figure:

@@ -21,7 +21,6 @@ SCRIPTS = {
     "bn_conformance": ("measure", ["conformance.md"]),
     "gradient_flow": ("measure", ["results.zarr", "layers.png", "scales.png"]),
     "jacobian_check": ("draw", ["jacobian.png"]),
-    "mean_field": ("growth_part", ["results.zarr", "growth.png", "epsilon.png"]),
     "why_robust": ("pooled", ["frozen.zarr", "depth.zarr", "depth.png"]),
 }
 SWEEP = Path(__file__).parents[1] / "docs" / "results" / "relu.zarr"
