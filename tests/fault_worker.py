@@ -1,6 +1,6 @@
 """A small sweep into a folder, in a process of its own, for tests that do it harm.
 
-python -m tests.fault_worker '{"path": "...", "seeds": 4}'     its options are those of `work`
+python -m fault_worker '{"path": "...", "seeds": 4}'     its options are those of `work`
 """
 
 import itertools
@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 import jax
 import numpy as np
+import quick
 
 import bnjax
 from bnjax.sweeps import files, store
@@ -81,6 +82,7 @@ def work(path, log=None, die=None, limit=None, pause=None, peak=None, **options)
     the system refuses, as when it is full. Each commit waits for the file `pause`. `peak`: a file for its most memory.
     """
     jax.config.update("jax_num_cpu_devices", 2)
+    quick.use()
     if log:
         file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, 1)

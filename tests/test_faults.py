@@ -703,8 +703,8 @@ def in_another_namespace(path, **options):
     alone = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if subprocess.run([*alone, "true"], capture_output=True).returncode:
         pytest.skip("no namespaces here")
-    command = [*alone, sys.executable, "-m", "tests.fault_worker", json.dumps({"path": str(path)} | options)]
-    return subprocess.Popen(command, cwd=ROOT)
+    command = [*alone, sys.executable, "-m", "fault_worker", json.dumps({"path": str(path)} | options)]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))})
 
 
 class TestTwoWriters:

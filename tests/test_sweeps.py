@@ -291,6 +291,7 @@ def test_what_is_not_refused(blobs, tmp_path):
     xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), results)
 
 
+@pytest.mark.usefixtures("as_users_compile")
 class TestACellIsBitwiseItself:
     """On CPU, at one width: whatever grid, order, neighbours and number of devices a cell is run with."""
 
@@ -441,6 +442,7 @@ def test_peak_memory_does_not_grow_with_the_grid():
     assert peak(1000) <= 1.1 * peak(100)
 
 
+@pytest.mark.usefixtures("as_users_compile")
 class TestAProbeChangesNothing:
     """On CPU, to the last bit, however much of what the run computes the probe computes, too."""
 
