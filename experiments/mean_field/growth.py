@@ -138,9 +138,10 @@ def figure(results: xr.Dataset, settings: Settings) -> plots.Figure:
     above_1 = results.assign(measured=results.measured - 1, theory_curve=results.theory_curve - 1)
     label, names = "growth of the squared gradient per layer, minus 1", ("measured", "error", "theory_curve")
     z = {name: results.z.sel(activation=name, drop=True) for name in results.activation.values}
-    options, levels = {"xlabel": "batch size"}, {f"{k:+d}": k for k in (-4, 0, 4)}
-    deviation = plots.Panel("deviation", "in standard errors", z, unconnected=z, levels=levels, **options)
-    return plots.panels([common.panel(above_1, label, names, yscale="log", **options), deviation])
+    options = {"xlabel": "batch size", "xscale": "linear", "unconnected": z, "levels": {"4": 4, "-4": -4}}
+    deviation = plots.Panel("deviation from theory", "standard errors", z, **options)
+    growth = common.panel(above_1, label, names, xlabel="batch size (medians below 6)", yscale="log")
+    return plots.panels([growth, deviation])
 
 
 CLAIM = Claim(
