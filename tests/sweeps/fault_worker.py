@@ -75,18 +75,14 @@ def watch(step, setattr=setattr):
             watched(owner, name)
 
 
-def work(path, log=None, die=None, limit=None, pause=None, peak=None, **options):
-    """The sweep at `path`, with something done to it; raises what the sweep raises, and prints it into the file `log`.
+def work(path, die=None, limit=None, pause=None, peak=None, **options):
+    """The sweep at `path`, with something done to it; raises what the sweep raises.
 
     It dies in the half of an operation on the disk, die = (kind, number); or after `limit` commits no file may grow:
     the system refuses, as when it is full. Each commit waits for the file `pause`. `peak`: a file for its most memory.
     """
     jax.config.update("jax_num_cpu_devices", 2)
     quick.use()
-    if log:
-        file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
     commit, numbers, deadline = store.Store.commit, itertools.count(), time.monotonic() + 60
     operations = itertools.count(1)
 
