@@ -6,6 +6,7 @@ import pytest
 import scripts
 import xarray as xr
 
+from bnjax import plots
 from bnjax.findings import verdict
 from experiments.mean_field import chaos, common, epsilon, growth
 
@@ -86,6 +87,18 @@ def test_each_seed_is_a_network():
     one, two = common.limits(run, [([64], 2.0), ([64, 128], 3.0)], "test")
     np.testing.assert_allclose(one["draw"][0], 2 * np.median(each), rtol=1e-6)
     np.testing.assert_allclose(two["draw"][0], 3 * np.mean(each), rtol=1e-6)
+
+
+def test_theory_has_the_colour_of_its_activation():
+    """And no entry in the legend."""
+    lines = xr.Dataset(
+        {name: (("activation", "x"), np.ones((2, 3))) for name in ("value", "error", "theory")},
+        {"activation": np.array(["relu", "tanh"], object), "x": [1, 2, 3]},
+    )
+    (axes,) = plots.panels([common.panel(lines, "", ("value", "error", "theory"))]).axes
+    colours = {line.get_label(): line.get_color() for line in axes.lines}
+    assert colours["relu"] == colours["_relu"] != colours["tanh"] == colours["_tanh"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["relu", "tanh"]
 
 
 @pytest.mark.parametrize(
