@@ -246,23 +246,22 @@ def interruptible() -> Iterator[None]:
     def watch():
         # Python's own handlers wait for the main thread, which may be in a long call; this descriptor does not.
         while number := reader.recv(1):
-            if number[0] in (signal.SIGINT, signal.SIGTERM):
-                leave(number[0])
+            if number[0] in signals:
+                name = signal.Signals(number[0]).name
+                print(f"interrupted ({name}); what was stored is kept", file=sys.stderr, flush=True)
+                os._exit(128 + number[0])
 
-    def leave(number):
-        print(f"interrupted ({signal.Signals(number).name}); what was stored is kept", file=sys.stderr, flush=True)
-        os._exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(writer.fileno())
+    # A KeyboardInterrupt beside it would show a traceback. A signal that the shell has ignored stays so.
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    handlers, wakeup = {n: signal.signal(n, lambda *_: None) for n in signals}, signal.set_wakeup_fd(writer.fileno())
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     try:
         yield
-    except KeyboardInterrupt:
-        leave(signal.SIGINT)
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.set_wakeup_fd(before[1])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
         writer.close()
         watching.join()
         reader.close()
