@@ -29,7 +29,7 @@ class NotOffered(Exception):
 
 
 class Options(NamedTuple):
-    """What a layer is made for. Hashable."""
+    """The options that a layer is made for. Hashable."""
 
     shape: tuple[int, ...]  # of x, on one device
     dtype: str = "float32"  # of x
@@ -53,11 +53,6 @@ class Options(NamedTuple):
         return tuple(self.shape[a] for a in self.axes)
 
     @property
-    def last(self) -> bool:
-        """The features are the last axis."""
-        return self.axes == (len(self.shape) - 1,)
-
-    @property
     def half(self) -> bool:
         """Inputs of low precision."""
         return self.dtype in ("float16", "bfloat16")
@@ -67,13 +62,12 @@ class Layer(NamedTuple):
     """A layer as pure functions. `params` is (scale, bias), [C] each or None; `stats` is the layer's own pytree."""
 
     start: Callable[[], Any]  # statistics before training
-    stored: Callable[..., Any]  # (mean, var, count=10^6) -> statistics that that many batches might have left
+    stored: Callable[..., Any]  # (mean, var, count) -> statistics that that many batches might have left
     moments: Callable[[Any], tuple]  # (stats) -> the (mean, var), [C] each, that evaluation uses
     train: Callable[..., tuple]  # (params, stats, x, mask, cotangent) -> (y, stats, dx, (dscale, dbias))
     evaluate: Callable[..., tuple]  # (params, stats, x, cotangent) -> (y, dx)
     steps: Callable[..., Any]  # (params, stats, xs) -> stats after each of xs in turn; in lax.scan where there is JAX
-    devices: Callable[..., tuple]  # (params, stats, xs, masks, cotangents), each with a leading axis for devices
-    # -> (ys, stats, dxs, (dscale, dbias)), the first three with that axis
+    devices: Callable[..., tuple] | None  # as train, with a leading axis for devices on stats, x, mask and cotangent
 
 
 class Implementation(NamedTuple):
@@ -103,14 +97,27 @@ def find(implementation: Implementation) -> tuple[bool, str]:
     return True, importlib.metadata.version(implementation.package)
 
 
-def jax_layer(start, stored, moments, call) -> Layer:
-    """A `Layer` from its first three fields and call: (params, stats, x, mask, train) -> (y, stats)."""
+def refuse(*conditions: Any) -> None:
+    """Raises NotOffered if any of them is true."""
+    if any(conditions):
+        raise NotOffered
+
+
+def present(params: tuple, *names: str) -> dict[str, Any]:
+    """The parameters that are not None, by these names."""
+    return {name: value for name, value in zip(names, params, strict=True) if value is not None}
+
+
+def mean_and_var(mean, var, count=None) -> dict[str, Any]:
+    """The statistics of several implementations."""
+    return {"mean": mean, "var": var}
+
+
+def jax_layer(start, call, stored=mean_and_var, moments=lambda stats: (stats["mean"], stats["var"])) -> Layer:
+    """A `Layer` from some of its fields and call: (params, stats, x, mask, train) -> (y, stats)."""
 
     def train(params, stats, x, mask, cotangent):
-        def outputs(x, params):
-            return call(params, stats, x, mask, True)
-
-        y, pullback, stats = jax.vjp(outputs, x, params, has_aux=True)
+        y, pullback, stats = jax.vjp(lambda x, params: call(params, stats, x, mask, True), x, params, has_aux=True)
         return y, stats, *pullback(cotangent.astype(y.dtype))
 
     def evaluate(params, stats, x, cotangent):
@@ -122,10 +129,7 @@ def jax_layer(start, stored, moments, call) -> Layer:
 
     def devices(params, stats, xs, masks, cotangents):
         def outputs(xs, params):
-            def one_device(x, mask):
-                return call(params, stats, x, mask, True)
-
-            return jax.vmap(one_device, axis_name=DEVICES)(xs, masks)
+            return jax.vmap(lambda x, mask: call(params, stats, x, mask, True), axis_name=DEVICES)(xs, masks)
 
         ys, pullback, stats = jax.vjp(outputs, xs, params, has_aux=True)
         return ys, stats, *pullback(cotangents.astype(ys.dtype))
@@ -136,30 +140,24 @@ def jax_layer(start, stored, moments, call) -> Layer:
 def bnjax_layer(options: Options) -> Layer:
     """`bnjax.batch_norm`."""
     named = {name: getattr(options, name) for name in ("momentum", "epsilon", "axis", "axis_name")}
-    shape = options.features
 
     def start():
-        stats = batch_norm.init(math.prod(shape))[1]
-        return BatchStats(stats.mean.reshape(shape), stats.var.reshape(shape), stats.count)
+        mean, var, count = batch_norm.init(math.prod(options.features))[1]
+        return BatchStats(mean.reshape(options.features), var.reshape(options.features), count)
 
     def call(params, stats, x, mask, train):
         params = BatchNormParams(*params)
         return batch_norm.apply(params, stats, x, train=train, mask=mask, unbiased=bool(options.unbiased), **named)
 
-    return jax_layer(
-        start,
-        lambda mean, var, count=10**6: BatchStats(mean, var, jnp.int32(count)),
-        lambda stats: (stats.mean, stats.var),
-        call,
-    )
+    def stored(mean, var, count):
+        return BatchStats(mean, var, jnp.int32(count))
+
+    return jax_layer(start, call, stored, lambda stats: (stats.mean, stats.var))
 
 
 def flax_options(options: Options) -> dict[str, Any]:
-    """What both of Flax's layers take."""
-    if options.momentum is None:
-        raise NotOffered("momentum")
-    if options.unbiased:
-        raise NotOffered("unbiased")
+    """The arguments of both of Flax's layers."""
+    refuse(options.momentum is None, options.unbiased)
     names = ("axis", "momentum", "epsilon", "use_scale", "use_bias", "axis_name")
     dtype = {"dtype": jnp.dtype(options.dtype)} if options.half else {}
     return {name: getattr(options, name) for name in names} | dtype
@@ -172,54 +170,36 @@ def flax_linen_layer(options: Options, **more: Any) -> Layer:
     layer = nn.BatchNorm(**flax_options(options), **more)
 
     def start():
-        variables = layer.init(jax.random.key(0), jnp.zeros(options.shape), use_running_average=False)
-        return variables["batch_stats"]
-
-    def variables(params, stats):
-        present = {k: v for k, v in zip(("scale", "bias"), params, strict=True) if v is not None}
-        return {"params": present, "batch_stats": stats}
+        return layer.init(jax.random.key(0), jnp.zeros(options.shape), use_running_average=False)["batch_stats"]
 
     def call(params, stats, x, mask, train):
-        y, new = layer.apply(
-            variables(params, stats), x, use_running_average=not train, mask=mask, mutable=["batch_stats"]
-        )
+        variables = {"params": present(params, "scale", "bias"), "batch_stats": stats}
+        y, new = layer.apply(variables, x, use_running_average=not train, mask=mask, mutable=["batch_stats"])
         return y, new["batch_stats"]
 
-    def stored(mean, var, count=None):
-        return {"mean": mean, "var": var}
-
-    return jax_layer(start, stored, lambda stats: (stats["mean"], stats["var"]), call)
+    return jax_layer(start, call)
 
 
 def flax_nnx_layer(options: Options) -> Layer:
     """`flax.nnx.BatchNorm`."""
     from flax import nnx
 
-    if len(options.axes) > 1:
-        raise NotOffered("axis")
+    refuse(len(options.axes) > 1)
 
     def build():
         return nnx.BatchNorm(options.features[0], rngs=nnx.Rngs(0), **flax_options(options))
 
     def stats_of(layer):
-        return {"mean": layer.mean[...], "var": layer.var[...]}
+        return mean_and_var(layer.mean[...], layer.var[...])
 
     def call(params, stats, x, mask, train):
         layer = build()
-        scale, bias = params
-        if scale is not None:
-            layer.scale = nnx.Param(scale)
-        if bias is not None:
-            layer.bias = nnx.Param(bias)
-        layer.mean, layer.var = nnx.BatchStat(stats["mean"]), nnx.BatchStat(stats["var"])
+        for kind, values in ((nnx.Param, present(params, "scale", "bias")), (nnx.BatchStat, stats)):
+            for name, value in values.items():
+                setattr(layer, name, kind(value))
         return layer(x, use_running_average=not train, mask=mask), stats_of(layer)
 
-    return jax_layer(
-        lambda: stats_of(build()),
-        lambda mean, var, count=None: {"mean": mean, "var": var},
-        lambda stats: (stats["mean"], stats["var"]),
-        call,
-    )
+    return jax_layer(lambda: stats_of(build()), call)
 
 
 def haiku_layer(options: Options) -> Layer:
@@ -227,17 +207,14 @@ def haiku_layer(options: Options) -> Layer:
     import haiku as hk
     import jmp
 
-    if options.momentum is None:
-        raise NotOffered("momentum")
-    if not 0 <= options.momentum < 1:  # "must be in [0, 1)"
-        raise NotOffered("decay_rate")
-    if options.unbiased:
-        raise NotOffered("unbiased")
+    refuse(options.momentum in (None, 1), options.unbiased)  # decay_rate "must be in [0, 1)"
     reduced = tuple(a for a in range(len(options.shape)) if a not in options.axes)
     shape = tuple(n if a in options.axes else 1 for a, n in enumerate(options.shape))
     policy = jmp.get_policy(f"params=float32,compute=float32,output={options.dtype}")
+    names = ("batch_norm/~/mean_ema", "batch_norm/~/var_ema")
 
-    def forward(x, is_training):
+    @hk.transform_with_state
+    def module(x, is_training):
         layer = hk.BatchNorm(
             options.use_scale,
             options.use_bias,
@@ -248,8 +225,6 @@ def haiku_layer(options: Options) -> Layer:
         )
         return layer(x, is_training)
 
-    module = hk.transform_with_state(forward)
-
     def policies():
         pushed = hk.mixed_precision.push_policy(hk.BatchNorm, policy)
         return pushed if options.half else contextlib.nullcontext()
@@ -259,42 +234,29 @@ def haiku_layer(options: Options) -> Layer:
             return module.init(None, jnp.zeros(options.shape, options.dtype), is_training=True)[1]
 
     def call(params, stats, x, mask, train):
-        if mask is not None:
-            raise NotOffered("mask")
-        named = zip(("scale", "offset"), params, strict=True)
-        params = {"batch_norm": {k: v.reshape(shape) for k, v in named if v is not None}}
+        refuse(mask is not None)
+        named = {name: value.reshape(shape) for name, value in present(params, "scale", "offset").items()}
         with policies():
-            return module.apply(params, stats, None, x, train)
+            return module.apply({"batch_norm": named}, stats, None, x, train)
 
-    def stored(mean, var, count=10**6):
-        def average(value):
-            value = value.reshape(shape)
-            return {"hidden": value, "average": value, "counter": jnp.int32(count)}
-
-        return {"batch_norm/~/mean_ema": average(mean), "batch_norm/~/var_ema": average(var)}
+    def stored(mean, var, count):
+        values = (value.reshape(shape) for value in (mean, var))
+        return {n: {"hidden": v, "average": v, "counter": jnp.int32(count)} for n, v in zip(names, values, strict=True)}
 
     def moments(stats):
-        names = ("batch_norm/~/mean_ema", "batch_norm/~/var_ema")
         return tuple(stats[name]["average"].reshape(options.features) for name in names)
 
-    return jax_layer(start, stored, moments, call)
+    return jax_layer(start, call, stored, moments)
 
 
 def equinox_layer(options: Options) -> Layer:
     """`equinox.nn.BatchNorm` with mode="batch", which its documentation recommends, under `vmap` over the batch."""
     import equinox as eqx
 
-    if options.momentum is None:
-        raise NotOffered("momentum")
-    if not 0 < options.momentum < 1:  # "between 0 and 1 exclusive"
-        raise NotOffered("momentum")
-    if options.unbiased:
-        raise NotOffered("unbiased")
-    if options.use_scale != options.use_bias:
-        raise NotOffered("channelwise_affine is both or none")
     single = options.axis_name is not None and len(options.shape) == 1  # one example a device
-    if not single and options.axes != (1,):  # an example is [C, ...]
-        raise NotOffered("axis")
+    refuse(options.momentum in (None, 0, 1), options.unbiased)  # momentum "between 0 and 1 exclusive"
+    refuse(options.use_scale != options.use_bias)  # channelwise_affine is both or none
+    refuse(not single and options.axes != (1,))  # an example is [C, ...]
     names = "batch" if options.axis_name is None else (options.axis_name, "batch")
 
     def build():
@@ -311,19 +273,17 @@ def equinox_layer(options: Options) -> Layer:
         return {"counter": state.get(layer.batch_counter), "hidden": state.get(layer.batch_state_index)}
 
     def call(params, stats, x, mask, train):
-        if mask is not None:
-            raise NotOffered("mask")
+        refuse(mask is not None)
         layer, state = build()
         if options.use_scale:
             layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, params)
         layer = eqx.nn.inference_mode(layer, not train)
-        state = state.set(layer.batch_counter, stats["counter"])
-        state = state.set(layer.batch_state_index, stats["hidden"])
+        state = state.set(layer.batch_counter, stats["counter"]).set(layer.batch_state_index, stats["hidden"])
         over_batch = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
         y, state = (layer if single else over_batch)(x, state)
         return y, stats_of(layer, state)
 
-    def stored(mean, var, count=10**6):
+    def stored(mean, var, count):
         dtype = jnp.result_type(float)  # its default, which x64 changes
         return {"counter": jnp.asarray(count), "hidden": (jnp.asarray(mean, dtype), jnp.asarray(var, dtype))}
 
@@ -331,23 +291,15 @@ def equinox_layer(options: Options) -> Layer:
         scale = jnp.where(stats["counter"] == 0, 1, 1 - options.momentum ** stats["counter"])
         return tuple(hidden / scale for hidden in stats["hidden"])
 
-    return jax_layer(lambda: stats_of(*build()), stored, moments, call)
+    return jax_layer(lambda: stats_of(*build()), call, stored, moments)
 
 
 def keras_layer(options: Options) -> Layer:
     """`keras.layers.BatchNormalization` on Keras's JAX backend; dtype policies as its guide has them."""
     import keras
 
-    if keras.backend.backend() != "jax":
-        raise NotOffered("KERAS_BACKEND")
-    if options.momentum is None:
-        raise NotOffered("momentum")
-    if options.unbiased:
-        raise NotOffered("unbiased")
-    if options.axis_name is not None:
-        raise NotOffered("synchronized is for TensorFlow")
-    if len(options.axes) > 1:
-        raise NotOffered("axis")
+    refuse(keras.backend.backend() != "jax", options.momentum is None, options.unbiased, len(options.axes) > 1)
+    refuse(options.axis_name is not None)  # synchronized is for TensorFlow
     layer = keras.layers.BatchNormalization(
         axis=options.axes[0],
         momentum=options.momentum,
@@ -360,35 +312,22 @@ def keras_layer(options: Options) -> Layer:
 
     def call(params, stats, x, mask, train):
         if mask is not None:
-            if not options.last:
-                raise NotOffered("mask")
+            refuse(options.axes != (len(options.shape) - 1,))
             mask = jnp.squeeze(mask, -1)
         trainable = [p for p in params if p is not None]
-        y, stats = layer.stateless_call(trainable, list(stats), x, training=train, mask=mask)
-        return y, tuple(stats)
+        y, stats = layer.stateless_call(trainable, [stats["mean"], stats["var"]], x, training=train, mask=mask)
+        return y, mean_and_var(*stats)
 
-    return jax_layer(
-        lambda: tuple(jnp.asarray(v.value) for v in layer.non_trainable_variables),
-        lambda mean, var, count=None: (mean, var),
-        lambda stats: stats,
-        call,
-    )
+    return jax_layer(lambda: mean_and_var(*(jnp.asarray(v.value) for v in layer.non_trainable_variables)), call)
 
 
 def torch_layer(options: Options) -> Layer:
     """`torch.nn.BatchNorm1d` and `BatchNorm2d`, on the CPU."""
     import torch
 
-    if options.axis_name is not None:
-        raise NotOffered("SyncBatchNorm is for GPUs")
-    if options.axes != (1,):
-        raise NotOffered("axis")
-    if options.unbiased is False:
-        raise NotOffered("unbiased")
-    if options.use_bias and not options.use_scale:
-        raise NotOffered("affine is both or none")
-    if options.epsilon == 0:
-        raise NotOffered("eps must be positive")
+    refuse(options.axis_name is not None)  # SyncBatchNorm is for GPUs
+    refuse(options.axes != (1,), options.unbiased is False, options.epsilon == 0)  # eps must be positive
+    refuse(options.use_bias and not options.use_scale)  # affine is both or none
 
     def build():
         kind = torch.nn.BatchNorm1d if len(options.shape) < 4 else torch.nn.BatchNorm2d
@@ -412,15 +351,12 @@ def torch_layer(options: Options) -> Layer:
             return np.asarray(tensor.detach().float().numpy()).astype(jnp.bfloat16)
         return tensor.detach().numpy()
 
+    @torch.no_grad()
     def loaded(params, stats, training):
         module = build().train(training)
-        named = zip(("weight", "bias"), params, strict=True)
-        with torch.no_grad():
-            for name, value in named:
-                if value is not None:
-                    getattr(module, name).copy_(tensor(value))
-            for name, value in stats.items():
-                getattr(module, name).copy_(value)
+        values = {name: tensor(value) for name, value in present(params, "weight", "bias").items()}
+        for name, value in (values | stats).items():
+            getattr(module, name).copy_(value)
         return module
 
     def stats_of(module):
@@ -434,8 +370,7 @@ def torch_layer(options: Options) -> Layer:
         return array(y), stats_of(module), array(x.grad), gradients
 
     def train(params, stats, x, mask, cotangent):
-        if mask is not None:
-            raise NotOffered("mask")
+        refuse(mask is not None)
         return call(params, stats, x, cotangent, True)
 
     def evaluate(params, stats, x, cotangent):
@@ -449,7 +384,7 @@ def torch_layer(options: Options) -> Layer:
                 module(x)
         return stats_of(module)
 
-    def stored(mean, var, count=10**6):
+    def stored(mean, var, count):
         return {"running_mean": tensor(mean), "running_var": tensor(var), "num_batches_tracked": torch.tensor(count)}
 
     def moments(stats):
@@ -458,15 +393,11 @@ def torch_layer(options: Options) -> Layer:
     return Layer(lambda: stats_of(build()), stored, moments, train, evaluate, steps, devices=None)
 
 
+slow_flax_linen_layer = functools.partial(flax_linen_layer, use_fast_variance=False)
 ALL = {
     "bnjax": Implementation("bnjax", "bnjax", "bnjax", bnjax_layer),
     "flax_linen": Implementation("Flax linen", "flax", "flax.linen", flax_linen_layer),
-    "flax_linen_slow": Implementation(
-        "Flax linen, no fast variance",
-        "flax",
-        "flax.linen",
-        functools.partial(flax_linen_layer, use_fast_variance=False),
-    ),
+    "flax_linen_slow": Implementation("Flax linen, no fast variance", "flax", "flax.linen", slow_flax_linen_layer),
     "flax_nnx": Implementation("Flax nnx", "flax", "flax.nnx", flax_nnx_layer),
     "haiku": Implementation("Haiku", "dm-haiku", "haiku", haiku_layer, debias=True),
     "equinox": Implementation("Equinox, mode=batch", "equinox", "equinox", equinox_layer, debias=True),
