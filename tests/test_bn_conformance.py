@@ -151,7 +151,7 @@ def test_errors_as_text():
 
 @pytest.mark.slow
 def test_whole_run(main, tmp_path, capsys):
-    """Of what is installed. bnjax passes every row; the table goes to the folder, and to a page, the same both times."""
+    """bnjax passes every row; the table goes to the folder, and to a page, the same both times."""
     page = tmp_path / "page.md"
     before, after = PAGE.read_text().split(BEGIN)[0], END + "\nThe rest.\n"
     page.write_text(f"{before}{BEGIN}\n\nold tables\n{after}")
