@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("faults")
+pytest.register_assert_rewrite("faults", "stored")
 
 import fault_worker  # noqa: E402
 import faults  # noqa: E402
 import processes  # noqa: E402
+import stored  # noqa: E402
 
 from bnjax.sweeps import store  # noqa: E402
 
@@ -65,3 +66,14 @@ def copy_of(places, tmp_path):
         return Path(shutil.copytree(places / place, tmp_path / "r.zarr"))
 
     return call
+
+
+@pytest.fixture(scope="session")
+def kept(tmp_path_factory):
+    """What `stored.Sweep` makes once."""
+    return {"folder": tmp_path_factory.mktemp("given")}
+
+
+@pytest.fixture
+def sweep(blobs, kept, tmp_path, monkeypatch):
+    return stored.watched(stored.Sweep(blobs, tmp_path / "r.zarr", kept), monkeypatch)
