@@ -128,7 +128,7 @@ class Check:
         if not self.bounded:
             return ""
         if self.within is not None:
-            low, high = (number(value, "%" if self.unit == "%" else "") for value in self.within)
+            low, high = (number(value, self.unit if self.unit in UNITS else "") for value in self.within)
             return f"{low} to {high}"
         side, value = ("below", self.below) if self.above is None else ("above", self.above)
         return f"{side} {number(value, self.unit)}"

@@ -130,13 +130,14 @@ class Panel(NamedTuple):
     paired: bool = False  # marks have the colours of the series, in their order
 
 
-def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = None) -> Figure:
+def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = None, share_rows: bool = False) -> Figure:
     """Lines over a quantity such as init_scale, in panels side by side.
 
     Args:
       shown: the panels, in the order of reading.
       title: above the figure.
       columns: in how many columns; default: one row.
+      share_rows: whether the panels of a row share the vertical axis.
 
     Returns:
       A matplotlib figure.
@@ -144,7 +145,7 @@ def panels(shown: Sequence[Panel], *, title: str = "", columns: int | None = Non
     columns = columns or len(shown)
     rows = -(-len(shown) // columns)
     figure = Figure(figsize=(4.9 * columns, 3.9 * rows), layout="constrained", dpi=150)
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    grid = figure.subplots(rows, columns, squeeze=False, sharey="row" if share_rows else False).ravel()
     for axes in grid[len(shown) :]:
         axes.set_visible(False)
     for axes, panel in zip(grid, shown, strict=False):
@@ -252,116 +253,6 @@ def maps(
 def _wrapped(title, figure):
     """In lines that are no wider than the figure, but for longer words."""
     return textwrap.fill(title, int(11 * figure.get_figwidth()), break_long_words=False)
-
-
-def flow_by_layer(rows: Mapping[str, xr.DataArray], *, names: Mapping[str, str], title: str = "") -> Figure:
-    """Signals forward and gradients backward, layer by layer, at a few scales: a column of panels per norm.
-
-    Args:
-      rows: {label: values}, a row of panels each; dimensions norm, init_scale, seed and layer. What is not above 0
-        and finite is not drawn.
-      names: of the norms, for the panels.
-      title: above the figure.
-
-    Returns:
-      A matplotlib figure: medians and ranges over seeds on logarithmic axes, which the panels of a row share.
-    """
-    some = next(iter(rows.values()))
-    norms = list(some.norm.values)
-    layers = np.arange(1, some.sizes["layer"] + 1)
-    figure = Figure(figsize=(1 + 3.6 * len(norms), 0.7 + 2.6 * len(rows)), layout="constrained", dpi=150)
-    panels = figure.subplots(len(rows), len(norms), sharex=True, sharey="row", squeeze=False)
-    for row, (label, values) in zip(panels, rows.items(), strict=True):
-        values = values.where((values > 0) & np.isfinite(values))
-        for axes, norm in zip(row, norms, strict=True):
-            for i, scale in enumerate(values.init_scale.values):
-                runs = values.sel(norm=norm, init_scale=scale)
-                color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-                axes.fill_between(layers, runs.min("seed"), runs.max("seed"), color=color, alpha=0.2, linewidth=0)
-                axes.plot(layers, runs.median("seed"), color=color, marker=marker, markersize=5, label=f"{scale:g}")
-            axes.set_yscale("log")
-            axes.grid(alpha=0.25)
-        row[0].set_ylabel(label)
-    for top, bottom, norm in zip(panels[0], panels[-1], norms, strict=True):
-        top.set_title(names.get(norm, norm))
-        bottom.set_xlabel("hidden layer")
-        bottom.set_xticks(layers)
-    panels[0, 0].legend(title="init_scale", fontsize=9, title_fontsize=9)
-    figure.suptitle(title)
-    return figure
-
-
-def gradient_by_scale(
-    gradient: xr.DataArray,
-    *,
-    names: Mapping[str, str],
-    powers: Mapping[str, tuple[float, Collection[str]]],
-    starts: Mapping[str, float],
-    title: str = "",
-) -> Figure:
-    """The norm of the gradient to each layer's weights against init_scale: a panel per activation.
-
-    Args:
-      gradient: dimensions activation, norm, init_scale, seed and layer; crosses at the
-        lower edge are where the first layer's is exactly 0 for all seeds.
-      names: of the norms, for the legend.
-      powers: {norm: (the theory's slope, the activations for which it holds)}, drawn beside the first layer.
-      starts: {activation: the init_scale from which the theory with BN is to hold}.
-      title: above the figure.
-
-    Returns:
-      A matplotlib figure: medians over seeds, one line a layer (the first is dark), logarithmic axes.
-    """
-    activations = list(gradient.activation.values)
-    figure = Figure(figsize=(1.2 + 3.4 * len(activations), 4.8), layout="constrained", dpi=150)
-    panels = figure.subplots(1, len(activations), sharey=True, squeeze=False)[0]
-    scales, count = gradient.init_scale.values, gradient.sizes["layer"]
-    median = gradient.median("seed", skipna=False)
-    seen = median.where(np.isfinite(median) & (median > 0))
-    middle = seen.where((seen.init_scale >= 1e-4) & (seen.init_scale <= 1e4))
-    low, high = (10 ** np.round(np.log10(float(f))) for f in (middle.min() / 1e2, middle.max() * 1e2))
-    low, high = max(low, 1e-14), min(high, 1e14)
-    for axes, activation in zip(panels, activations, strict=True):
-        for i, norm in enumerate(gradient.norm.values):
-            color = COLORS[i % len(COLORS)]
-            for layer in reversed(range(count)):
-                line = median.sel(activation=activation, norm=norm).isel(layer=layer)
-                first = layer == 0
-                label = names.get(norm, norm) if first else None
-                alpha = 1 - 0.75 * layer / max(count - 1, 1)
-                axes.plot(scales, line.where(line > 0), color=color, alpha=alpha, linewidth=1.8, label=label)
-            zero = gradient.sel(activation=activation, norm=norm).isel(layer=0) == 0
-            zeros = scales[zero.all("seed").values]
-            axes.plot(
-                zeros,
-                np.full(len(zeros), low * 3),
-                linestyle="none",
-                marker="x",
-                markersize=5,
-                color=color,
-                label="first layer exactly 0, all seeds" if len(zeros) else None,
-            )
-            slope, holds = powers.get(norm, (0, ()))
-            first = median.sel(activation=activation, norm=norm).isel(layer=0)
-            anchor = scales[np.argmin(np.abs(np.log(scales)))]
-            if activation in holds and np.isfinite(first.sel(init_scale=anchor)) and first.sel(init_scale=anchor) > 0:
-                axes.plot(
-                    scales,
-                    4 * float(first.sel(init_scale=anchor)) * (scales / anchor) ** float(slope),
-                    color="0.25",
-                    linestyle=(0, (4, 2)),
-                    linewidth=1.1,
-                    label=f"slope {slope:g}",
-                )
-        if activation in starts:
-            axes.axvline(starts[activation], color="0.4", linewidth=1, linestyle=":", label="BN's law from here")
-        axes.set(xscale="log", yscale="log", ylim=(low, high), xlabel="init_scale", title=activation)
-        axes.set_xlim(scales[0], scales[-1])
-        axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, loc="best")
-    panels[0].set_ylabel("norm of the gradient to the weights\n(one line a layer, the first dark)")
-    figure.suptitle(title)
-    return figure
 
 
 def _edges(values):

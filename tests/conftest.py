@@ -32,14 +32,12 @@ with install_import_hook("bnjax", "beartype.beartype"):
     from bnjax import compilation
     from bnjax.sweeps import program
 
-AS_USERS = compilation.CPU_OPTIONS
-
 
 @pytest.fixture(scope="module")
 def as_users_compile():
     """The programs of sweeps and probes as users compile them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compilation, "CPU_OPTIONS", dict.fromkeys(quick.OPTIONS, True) | AS_USERS)
+        patch.setattr(compilation, "CPU_OPTIONS", quick.as_users())
         program.compiled.cache_clear()
         yield
     program.compiled.cache_clear()

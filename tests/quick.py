@@ -5,6 +5,7 @@ XLA_FLAGS is set they are compiled as users' are: `XLA_FLAGS= python -m pytest`.
 `as_users_compile` always are, since it is up to the compiler whether two programs give the same bits.
 """
 
+import functools
 import os
 
 import jax
@@ -29,5 +30,14 @@ def use():
     from bnjax import compilation
 
     if os.environ.get("XLA_FLAGS") == FLAGS:
+        as_users()
         compilation.CPU_OPTIONS = OPTIONS
     compilation.use_cache()
+
+
+@functools.cache
+def as_users():
+    """The options of sweeps and probes with which their programs are users', whatever the flags."""
+    from bnjax import compilation
+
+    return dict.fromkeys(OPTIONS, True) | compilation.CPU_OPTIONS

@@ -12,12 +12,18 @@ from scripts import forget, load
 import bnjax
 import experiments.claim
 from bnjax.findings import Check, Finding
-from experiments import common, mean_field, papers, scale_laws, settings, table
+from experiments import common, jacobian_check, mean_field, papers, scale_laws, settings, table, why_robust
 from experiments.claim import Claim
 from experiments.settings import require, setting
 
 # The first claim of each script is run by default, the others are slow.
-SCRIPTS = {"mean_field": mean_field.CLAIMS, "papers": papers.CLAIMS, "scale_laws": scale_laws.CLAIMS}
+SCRIPTS = {
+    "jacobian_check": jacobian_check.CLAIMS,
+    "why_robust": why_robust.CLAIMS,
+    "mean_field": mean_field.CLAIMS,
+    "papers": papers.CLAIMS,
+    "scale_laws": scale_laws.CLAIMS,
+}
 CASES = [
     pytest.param(script, one, id=f"{script}.{one.name}", marks=[pytest.mark.slow] if i else [])
     for script, claims in SCRIPTS.items()

@@ -20,7 +20,6 @@ SCRIPTS = {
     "benchmark": ("compare_layers", ["results.zarr", "speed.png", "speed.md"]),
     "bn_conformance": ("measure", ["conformance.md"]),
     "gradient_flow": ("measure", ["results.zarr", "layers.png", "scales.png"]),
-    "jacobian_check": ("draw", ["jacobian.png"]),
     "why_robust": ("pooled", ["frozen.zarr", "depth.zarr", "depth.png"]),
 }
 SWEEP = Path(__file__).parents[1] / "docs" / "results" / "relu.zarr"
@@ -77,7 +76,7 @@ def script():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_refused_before_any_work(name, monkeypatch, tmp_path):
     work, outputs = SCRIPTS[name]
-    module = scripts.load(name)
+    module = scripts.load(f"{name}.__main__")
     monkeypatch.setattr(module, work, lambda *_: pytest.fail("work was started"))
     monkeypatch.setattr(scripts, "load", lambda _: module)
     for number, make in enumerate(OTHERS.values()):
@@ -89,7 +88,7 @@ def test_refused_before_any_work(name, monkeypatch, tmp_path):
             words = rf"error: --out={folder} holds \.?{output}.*, .*; experiments\.{name} replaces only what it made"
             for options in [{}, {"overwrite": True}] if name == "benchmark" else [{}]:
                 with pytest.raises(SystemExit, match=words):
-                    scripts.run(name, out=str(folder), **options)
+                    scripts.run(f"{name}.__main__", out=str(folder), **options)
             assert tree(folder) == before
 
 

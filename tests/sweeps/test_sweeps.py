@@ -1,25 +1,24 @@
-"""Grids: axes to cells, labels, chunks, bitwise independence of a cell from everything around it, storage."""
+"""Grids: axes to cells, labels, probes, what is shown, what is refused, and plain storage."""
 
 import inspect
 import json
 import re
-import subprocess
+import resource
 import sys
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
+import quick
 import xarray as xr
 
 import bnjax
-from bnjax import probes
 from bnjax.sweeps import grid, program, run
-from bnjax.types import History
 
-MODEL = bnjax.mlp((8, 8), 4)
+MODEL = bnjax.mlp((8,), 4)
 CONFIG = bnjax.TrainConfig(steps=12, batch_size=32, eval_every=5)
 
 
@@ -80,7 +79,7 @@ class TestSweep:
         assert results.learning_rate.values.tolist() == [0.05, 0.2]
         assert results.attrs["hyper"] == {"momentum": 0.5, "weight_decay": 0.0}
         assert results.attrs["config"]["steps"] == 12
-        assert results.attrs["models"][""]["features"] == [8, 8]
+        assert results.attrs["models"][""]["features"] == [8]
         json.dumps(results.attrs)
 
     def test_each_cell_is_the_run_of_its_own_hyperparameters(self, blobs):
@@ -100,7 +99,7 @@ class TestSweep:
 
     @pytest.mark.slow
     def test_several_models(self, blobs):
-        models = {"batch": MODEL, "none": bnjax.mlp((8, 8), 4, norm="none")}
+        models = {"batch": MODEL, "none": bnjax.mlp((8,), 4, norm="none")}
         both = sweep(blobs, {"seed": range(3)}, models)
         assert both.test_loss.dims == ("model", "seed", "step")
         for name, model in models.items():
@@ -196,9 +195,8 @@ class TestSweep:
             return fitted(trainer, **options)
 
         monkeypatch.setattr(program.Trainer, "fitted", spy)
-        models = {name: bnjax.mlp((4,), 4, norm=name) for name in ("batch", "none")}
-        bnjax.sweep(models, blobs, CONFIG, {"seed": [0]}, progress=True)
-        assert said[:2] == ["compiling batch ...\n", "compiling none ...\n"]
+        sweep(blobs, {"seed": [0]}, {"a": MODEL, "b": MODEL}, progress=True)
+        assert said[:2] == ["compiling a ...\n", "compiling b ...\n"]
         assert "compiling" not in "".join(said[2:]) + capsys.readouterr().err
 
     @pytest.mark.parametrize(
@@ -291,78 +289,6 @@ def test_what_is_not_refused(blobs, tmp_path):
     xr.testing.assert_identical(bnjax.load_results(tmp_path / "r.zarr"), results)
 
 
-@pytest.mark.usefixtures("as_users_compile")
-class TestACellIsBitwiseItself:
-    """On CPU, at one width: whatever grid, order, neighbours and number of devices a cell is run with."""
-
-    LINEAR = bnjax.mlp((8, 8), 4, norm="none", activation="linear")  # may diverge
-    SCALES = (0.01, 0.1, 1.0, 10.0, 100.0)
-
-    def run(self, ds, seeds=range(7), scales=SCALES, model=LINEAR, **options):
-        axes = {"seed": seeds, "init_scale": scales}
-        return sweep(ds, axes, model, hyper=bnjax.Hyperparams(learning_rate=0.02), width=4, **options)
-
-    def check(self, found, reference):
-        for name in History._fields:
-            expected = reference[name].sel(seed=found.seed, init_scale=found.init_scale)
-            np.testing.assert_array_equal(found[name].values, expected.values, err_msg=name)
-
-    def test_some_cells_diverge_and_some_do_not(self, blobs):
-        assert 0 < self.run(blobs).diverged.mean() < 1
-
-    @pytest.mark.parametrize(("seed", "scale"), [(0, 0.01), (5, 1.0), (6, 100.0)])
-    def test_alone(self, blobs, seed, scale):
-        self.check(self.run(blobs, [seed], [scale]), self.run(blobs))
-
-    def test_in_another_order(self, blobs):
-        self.check(self.run(blobs, range(6, -1, -1), (10.0, 0.1, 1.0)), self.run(blobs))
-
-    def test_in_another_grid(self, blobs):
-        found = self.run(blobs, (*range(100, 105), 3, 1), (0.3, *self.SCALES))
-        self.check(found.sel(seed=[3, 1], init_scale=list(self.SCALES)), self.run(blobs))
-
-    @pytest.mark.parametrize("neighbour", [1e4, 1e30])
-    def test_beside_a_diverging_cell(self, blobs, neighbour):
-        found = self.run(blobs, [2], (1.0, neighbour))
-        assert found.diverged.sel(init_scale=neighbour).all()
-        self.check(found.sel(init_scale=[1.0]), self.run(blobs))
-
-    def test_on_one_device(self, blobs):
-        assert len(jax.local_devices()) > 1
-        self.check(self.run(blobs, devices=jax.devices()[:1]), self.run(blobs))
-
-    def test_with_batch_norm_too(self, blobs):
-        reference = self.run(blobs, model=MODEL)
-        self.check(self.run(blobs, [4], [10.0], MODEL), reference)
-        self.check(self.run(blobs, [6, 2], (100.0, 1.0), MODEL), reference)
-
-
-def many(path=None):
-    """70 cells, with normalization and without, of which some diverge; in groups of 4 a device, some not full."""
-    rng = np.random.default_rng(1)
-    x, y = rng.normal(size=(256, 12)).astype(np.float32), rng.integers(4, size=256).astype(np.int32)
-    models = {"batch": MODEL, "none": TestACellIsBitwiseItself.LINEAR}
-    axes = {"seed": range(7), "init_scale": TestACellIsBitwiseItself.SCALES}
-    hyper = bnjax.Hyperparams(learning_rate=0.02)
-    return sweep(bnjax.Dataset(x, y, x, y), axes, models, hyper=hyper, width=4, path=path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 3, 4])
-def test_a_cell_is_bitwise_itself_on_as_many_devices(tmp_path, count):
-    """In a process of its own, beside this one with two."""
-    command = (
-        f"import jax; jax.config.update('jax_num_cpu_devices', {count}); from tests import test_sweeps; "
-        f"test_sweeps.many({str(tmp_path / 'r.zarr')!r}); assert jax.local_device_count() == {count}"
-    )
-    subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parents[1], check=True)
-    found, expected = bnjax.load_results(tmp_path / "r.zarr"), many()
-    assert found.attrs["plan"]["batch"]["devices"] == count
-    assert len(jax.local_devices()) == 2
-    assert 0 < expected.diverged.mean() < 1
-    xr.testing.assert_equal(found, expected)
-
-
 @pytest.mark.slow
 def test_orthogonal_kernels_on_several_devices(blobs):
     """A batched QR decomposition on several CPU devices once waited for its own threads for ever."""
@@ -417,85 +343,25 @@ class TestStore:
             sweep(blobs, {"seed": [0]}, MODEL._replace(config={"f": print}))
 
 
-MEMORY = """
-import resource, sys
-import jax, numpy as np
-jax.config.update("jax_num_cpu_devices", 2)
-import bnjax
-rng = np.random.default_rng(0)
-def draw(n):
-    return rng.normal(size=(n, 784)).astype(np.float32), rng.integers(10, size=n).astype(np.int32)
-ds = bnjax.Dataset(*draw(2000), *draw(1000))
-config = bnjax.TrainConfig(steps=5)
-bnjax.sweep(bnjax.mlp(), ds, config, {"seed": range(int(sys.argv[1]))}, progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
+def peak(cells, file):
+    """Writes the most memory that a process takes for so many cells of the default network."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    quick.use()
+    rng = np.random.default_rng(0)
+    data = (
+        (rng.normal(size=(n, 784)).astype(np.float32), rng.integers(10, size=n).astype(np.int32)) for n in (2000, 1000)
+    )
+    axes = {"seed": range(cells)}
+    bnjax.sweep(bnjax.mlp(), bnjax.Dataset(*itertools.chain(*data)), bnjax.TrainConfig(steps=2), axes, progress=False)
+    file.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
 @pytest.mark.slow
-def test_peak_memory_does_not_grow_with_the_grid():
-    """1,000 cells against 100, of the default network, each in a process of its own."""
-
-    def peak(cells):
-        return int(subprocess.check_output([sys.executable, "-c", MEMORY, str(cells)]))
-
-    assert peak(1000) <= 1.1 * peak(100)
-
-
-@pytest.mark.usefixtures("as_users_compile")
-class TestAProbeChangesNothing:
-    """On CPU, to the last bit, however much of what the run computes the probe computes, too."""
-
-    @staticmethod
-    def everything(model):
-        """Loss and gradient on the training data, accuracy on the test data, and the norm of all that it sees."""
-
-        def measure(s):
-            def loss(params):
-                outputs, _ = model.apply(params, s.batch_stats, jnp.asarray(s.ds.train_x), train=True)
-                return -jax.nn.log_softmax(outputs)[jnp.arange(len(outputs)), s.ds.train_y].mean()
-
-            found, gradient = jax.value_and_grad(loss)(s.params)
-            outputs, _ = model.apply(s.params, s.batch_stats, jnp.asarray(s.ds.test_x), train=False)
-            right = (outputs.argmax(-1) == s.ds.test_y).mean()
-            leaves = [jnp.asarray(leaf, jnp.float32) for leaf in jax.tree.leaves((s, gradient))]
-            norms = {f"norm_{i}": jnp.linalg.norm(leaf.ravel()) for i, leaf in enumerate(leaves)}
-            return {"loss": found, "right": right} | norms
-
-        return bnjax.Probe(measure)
-
-    @staticmethod
-    def weights(model):
-        return probes.weights(model, (12,), batch_size=64)
-
-    @pytest.mark.parametrize("probe", [everything, pytest.param(weights, marks=pytest.mark.slow)])
-    @pytest.mark.parametrize(
-        ("model", "options", "segment", "width"),
-        [
-            (bnjax.mlp((8,), 4), {"eval_every": 6}, None, 2),
-            *(
-                pytest.param(model, options, segment, width, marks=pytest.mark.slow)
-                for width in (1, 4)
-                for model, options, segment in [
-                    (MODEL, {}, None),
-                    (MODEL, {"eval_every": None, "optimizer": "adam"}, None),
-                    (TestACellIsBitwiseItself.LINEAR, {"eval_every": 2}, None),
-                    (TestACellIsBitwiseItself.LINEAR, {"eval_every": None}, 5),
-                    (bnjax.mlp((8, 8), 4, "sigmoid", norm_position="after_activation"), {}, 4),
-                    (bnjax.mlp((64, 64), 4), {"eval_every": 1, "batch_size": 48}, None),
-                ]
-            ),
-        ],
-    )
-    def test_whatever_it_measures(self, blobs, model, options, segment, width, probe):
-        config = bnjax.TrainConfig(**{"steps": 12, "batch_size": 32, "eval_every": 5} | options)
-        axes = {"seed": range(3), "init_scale": [0.1, 1.0, 100.0]}
-        hyper = bnjax.Hyperparams(learning_rate=0.02, weight_decay=1e-3)
-        plain, probed = (
-            bnjax.sweep(
-                model, blobs, config, axes, hyper=hyper, probe=one, segment=segment, width=width, progress=False
-            )[[*History._fields]]
-            for one in (None, probe(model))
-        )
-        assert (0 < plain.diverged.mean() < 1) == (model is TestACellIsBitwiseItself.LINEAR)
-        xr.testing.assert_equal(probed, plain)
+def test_peak_memory_does_not_grow_with_the_grid(tmp_path):
+    """1,000 cells against 100, each in a process of its own."""
+    for cells in (100, 1000):
+        log = tmp_path / "log"
+        process = processes.start(peak, log, cells=cells, file=tmp_path / str(cells))
+        assert processes.end_of(process) == 0, log.read_text()
+    few, many = (int((tmp_path / str(cells)).read_text()) for cells in (100, 1000))
+    assert many <= 1.1 * few
