@@ -43,7 +43,9 @@ class TestSlopes:
         return xr.DataArray(data, {"init_scale": self.SCALES}, ("init_scale", "layer"))
 
     def test_of_powers(self):
-        found = gradient_flow.slopes(self.values(lambda a: 3 / a, lambda a: 0 * a + 2, lambda a: 1e-9 * a**2.5))
+        found = gradient_flow.slopes(
+            self.values(lambda a: 3 / a, lambda a: 0 * a + 2, lambda a: 1e-9 * a**2.5)
+        )
         np.testing.assert_allclose(found, [-1, 0, 2.5], atol=1e-12)
 
     def test_is_numpys_least_squares_of_what_is_finite_and_not_zero(self):
@@ -108,7 +110,9 @@ class TestAnswer:
 
     def test_with_norm(self, set_flags):
         set_flags(activations="relu", norms="batch", batch_size=32, hidden_width=7)
-        found = gradient_flow.answer(*self.made_up(lambda a: 3 / a, lambda a: 0 * a + 1, depth=3, norm="batch"))
+        found = gradient_flow.answer(
+            *self.made_up(lambda a: 3 / a, lambda a: 0 * a + 1, depth=3, norm="batch")
+        )
         assert "With BN, no: over 7.0 decades" in found
         assert "slope 0.000 to 0.000: BN divides" in found
         assert "slope -1.000 to -1.000: it shrinks as they grow." in found
@@ -127,7 +131,10 @@ class TestAnswer:
         assert "With BN, yes: " in found
         assert "slope 0.500 to 0.500. The" in found
         assert "slope 2.000 to 2.000: it grows with them." in found
-        assert "the gradient changes with depth: its squared norm by a factor per layer of relu 0.500 (2" in found
+        assert (
+            "the gradient changes with depth: its squared norm by a factor per layer of relu 0.500 (2"
+            in found
+        )
 
     def test_of_one_layer(self, set_flags):
         """There is no other layer whose weights would multiply the gradient, and none to pass it on to."""
@@ -149,10 +156,15 @@ class TestAnswer:
         made_up = self.made_up(lambda a: a**2, lambda a: a, depth=3, norm="none")
         found = gradient_flow.answer(*made_up)
         assert "With BN" not in found
-        assert "yes, as the power 2.00 to 2.00 of init_scale in all layers (2 other layers are scaled)." in found
+        assert (
+            "yes, as the power 2.00 to 2.00 of init_scale in all layers (2 other layers are scaled)." in found
+        )
         made_up = self.made_up(lambda a: a**1.5, lambda a: a, depth=2, norm="none")
         found = gradient_flow.answer(*made_up)
-        assert "yes, though as no power, slope 1.50 to 1.50 of init_scale in all layers (1 other layer is" in found
+        assert (
+            "yes, though as no power, slope 1.50 to 1.50 of init_scale in all layers (1 other layer is"
+            in found
+        )
 
     def test_of_what_has_no_law(self, set_flags):
         """The cross-entropy's softmax saturates, and so do sigmoids."""
@@ -174,7 +186,9 @@ class TestAnswer:
         found = gradient_flow.answer(*made_up)
         assert "no single power: slope 2.00 at small scales, 1.04 from" in found
 
-    @pytest.mark.parametrize(("norm", "words"), [("none", "weights: no slope"), ("batch", "With BN there are")])
+    @pytest.mark.parametrize(
+        ("norm", "words"), [("none", "weights: no slope"), ("batch", "With BN there are")]
+    )
     def test_of_dead_units(self, set_flags, norm, words):
         set_flags(activations="relu", norms=norm)
         made_up = self.made_up(lambda a: 0 * a, lambda a: 0 * a, depth=2, norm=norm)
@@ -254,7 +268,10 @@ def test_without_matplotlib(main, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"activations": "relu,tan"}, r"unknown activation in --activations 'tan' \(did you mean 'tanh'\?\).*relu"),
+        (
+            {"activations": "relu,tan"},
+            r"unknown activation in --activations 'tan' \(did you mean 'tanh'\?\).*relu",
+        ),
         ({"activations": ""}, "--activations must name at least one"),
         ({"norms": "batch,batch"}, "--norms must name at least one, and none twice, got 'batch,batch'"),
         ({"norms": "layer"}, "unknown norm in --norms 'layer'.*batch, none"),
@@ -270,11 +287,17 @@ def test_without_matplotlib(main, monkeypatch):
         ({"seeds": "none"}, "--seeds takes"),
         ({"init_scales": "1:2"}, "--init_scales takes numbers"),
         ({"init_scales": "0,1"}, "init_scale must be positive"),
-        ({"init_scales": "1e-4:1e-2:5", "shown_scales": "1e-2"}, "--init_scales must have 2 values from 0.115 upward"),
+        (
+            {"init_scales": "1e-4:1e-2:5", "shown_scales": "1e-2"},
+            "--init_scales must have 2 values from 0.115 upward",
+        ),
         ({"shown_scales": "0.5"}, r"--shown_scales must be among --init_scales.*got \[0.5\]"),
         ({"batch_size": 2}, "at least 3 with BN.*got 2 and 6"),
         ({"batch_size": 100_000}, "--batch_size must be at most"),
-        ({"jacobian_examples": 16}, r"--jacobian_examples=16 .*makes Jacobians of \d+ entries, more than 8388608"),
+        (
+            {"jacobian_examples": 16},
+            r"--jacobian_examples=16 .*makes Jacobians of \d+ entries, more than 8388608",
+        ),
         ({"learning_rate": 0}, "learning_rate must be positive"),
     ],
 )

@@ -1,1 +1,0 @@
-"""Implementations of batch normalization, measured on the same cases against an exact reference."""

@@ -1,0 +1,1 @@
+"""What `experiments.bn_conformance` measures: the implementations, the exact reference, the cases."""

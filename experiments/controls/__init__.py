@@ -1,0 +1,1 @@
+"""What `experiments.why_robust` asks: the seven controls, one module each."""
