@@ -152,9 +152,7 @@ def apply(
     check_detach(detach)
     if not isinstance(train, bool | np.bool_):
         raise TypeError(f"train must be True or False, got {train!r}")
-    x, epsilon, features, reduced, mask = _check(
-        x, epsilon, axis, mask, pooled=not train or axis_name is not None
-    )
+    x, epsilon, features, reduced, mask = _check(x, epsilon, axis, mask, pooled=not train or axis_name is not None)
     if isinstance(momentum, jax.core.Tracer):
         raise TypeError("momentum must be a Python number or None, got a traced value")
     if momentum is not None and not 0 <= momentum <= 1:
@@ -162,9 +160,7 @@ def apply(
     shape = tuple(x.shape[a] for a in features)
     for name, value in (*params._asdict().items(), ("mean", stats.mean), ("var", stats.var)):
         if value is not None and value.shape != shape:
-            raise ValueError(
-                f"{name} has shape {value.shape}, but x {x.shape} has features {shape} on axis {axis}"
-            )
+            raise ValueError(f"{name} has shape {value.shape}, but x {x.shape} has features {shape} on axis {axis}")
 
     for name, value in (("mean", stats.mean), ("var", stats.var)):
         if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -468,9 +464,7 @@ def _check(x, epsilon, axis, mask, pooled):
     check_epsilon(epsilon)
     features, reduced = _split_axes(x, axis)
     if not reduced and not pooled:
-        raise ValueError(
-            f"x {x.shape} must have an axis besides its feature axis {axis} to take statistics over"
-        )
+        raise ValueError(f"x {x.shape} must have an axis besides its feature axis {axis} to take statistics over")
     if mask is not None:
         if not jnp.issubdtype(jnp.result_type(mask), jnp.bool_):
             raise TypeError(f"mask must be boolean, got {jnp.result_type(mask)}")

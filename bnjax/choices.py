@@ -1,6 +1,7 @@
 """What arguments may be: names of a table, new names, counts. The errors say what is allowed."""
 
 import difflib
+import math
 import numbers
 import re
 from collections.abc import Iterable, Mapping
@@ -33,9 +34,7 @@ def check(argument: str, name: str, allowed: Iterable[str], aliases: Mapping[str
     raise ValueError(f"unknown {argument} {name!r}{hint}; allowed: {', '.join(allowed)}")
 
 
-def choose(
-    argument: str, name: str, table: Mapping[str, Value], aliases: Mapping[str, str] = NO_ALIASES
-) -> Value:
+def choose(argument: str, name: str, table: Mapping[str, Value], aliases: Mapping[str, str] = NO_ALIASES) -> Value:
     """`table[name]`, or the error of `check`."""
     check(argument, name, table, aliases)
     return table[name]
@@ -62,3 +61,9 @@ def check_count(argument: str, value: Any) -> None:
         raise ValueError(f"{argument} must be a positive integer, got {value!r}")
     if value >= 2**31:
         raise ValueError(f"{argument} must be below 2^31, got {value!r}")
+
+
+def check_positive(argument: str, value: numbers.Real) -> None:
+    """Raises a ValueError unless it is above 0 and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{argument} must be above 0 and finite, got {value}")

@@ -143,9 +143,7 @@ def _default_folder() -> Path:
 def _install(folder: Path) -> None:
     from jax._src import compilation_cache as of_jax  # private: `use_cache` catches what may be wrong with it
 
-    entries = type("Cache", (Entries, of_jax.CacheInterface), {})(
-        folder
-    )  # fails if JAX asks for more methods
+    entries = type("Cache", (Entries, of_jax.CacheInterface), {})(folder)  # fails if JAX asks for more methods
     get_file_cache = of_jax.get_file_cache
     _open(folder)
     of_jax.get_file_cache = lambda path: (entries, path) if path == str(folder) else get_file_cache(path)

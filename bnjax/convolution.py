@@ -131,9 +131,7 @@ def gains(lhs: Any, rhs: Any, params: Mapping[str, Any]) -> bool:
     return places * entries * lhs.dtype.itemsize <= PATCHES_BYTES
 
 
-def as_product(
-    lhs: Num[jax.Array, "..."], rhs: Num[jax.Array, "..."], **params: Any
-) -> Num[jax.Array, "..."]:
+def as_product(lhs: Num[jax.Array, "..."], rhs: Num[jax.Array, "..."], **params: Any) -> Num[jax.Array, "..."]:
     """What `lax.conv_general_dilated_p` computes from the same arguments, to rounding, by a matrix product.
 
     Args:

@@ -126,9 +126,7 @@ class Walk:
         else:  # what has another rank in the body is sliced or stacked; its names differ between versions of JAX
             body = bodies[0]
             last = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.invars, body[0].invars, strict=True))
-            carried = sum(
-                a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body[0].outvars, strict=True)
-            )
+            carried = sum(a.aval.ndim == b.aval.ndim for a, b in zip(eqn.outvars, body[0].outvars, strict=True))
             first = last - carried
         carry, known = given[first:last], None
         while known != (known := [(one.origins, one.products) for one in carry]):

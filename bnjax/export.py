@@ -164,9 +164,7 @@ def load(files: Files) -> xr.Dataset:
         return _of_the_earlier_format(found, files) if found.attrs.keys() >= EARLIER else found
     except (Damaged, PermissionError):
         raise
-    except (
-        Exception
-    ) as error:  # whatever xarray, zarr, its codecs and the file system raise for a damaged file
+    except Exception as error:  # whatever xarray, zarr, its codecs and the file system raise for a damaged file
         if isinstance(error, FileNotFoundError) and not stands(files):
             raise FileNotFoundError(f"no results at {files.name}") from None
         raise Damaged(f"{files.name} is damaged: {first_line(error)}") from error

@@ -45,10 +45,11 @@ class Check:
     """A statement about a number, and the bound that decides it.
 
     Attributes:
-      statement: in words, with the bound.
+      statement: in words; of what is bounded such that it is read as a claim: "more than 10 points above frozen".
       value: the number, or one per seed; NaN counts as out of bounds.
       unit: "", "%" (of a fraction), "points" (a difference of fractions), or a word such as "degrees".
       below, above, within: the bound, one of the three; `within` is (lowest, highest). What is equal to it is inside.
+        Without a bound the number is reported beside the others, and decides nothing.
       holds: what has to be inside: the "median" over seeds, "all" seeds, or the mean's 95% "interval".
       step: of the grid that the value was read from: it could be as much lower or higher.
     """
@@ -65,8 +66,8 @@ class Check:
 
     def __post_init__(self):
         given = [name for name in ("below", "above", "within") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"{self.statement!r} needs one of below, above and within, got {given}")
+        if len(given) > 1:
+            raise ValueError(f"{self.statement!r} takes one of below, above and within, got {given}")
         if self.holds not in HOLDS:
             raise ValueError(f"holds must be one of {', '.join(HOLDS)}, got {self.holds!r}")
         if not self.values.size:
@@ -88,6 +89,11 @@ class Check:
         )
 
     @property
+    def bounded(self) -> bool:
+        """Whether it decides anything."""
+        return self.bounds != (-math.inf, math.inf)
+
+    @property
     def interval(self) -> tuple[float, float]:
         """Where the number that decides is: over seeds, and by a step of its grid to either side.
 
@@ -103,7 +109,9 @@ class Check:
 
     @property
     def status(self) -> str:
-        """Either "holds", "fails", or "undecided" where the interval contains a bound."""
+        """Either "holds", "fails", or "undecided" where the interval contains a bound; "" without one."""
+        if not self.bounded:
+            return ""
         (low, high), (start, end) = self.bounds, self.interval
         if low <= start and end <= high:
             return "holds"
@@ -116,9 +124,11 @@ class Check:
 
     @property
     def bound(self) -> str:
-        """In words."""
+        """In words; empty without one."""
+        if not self.bounded:
+            return ""
         if self.within is not None:
-            low, high = (number(value, "%" if self.unit == "%" else "") for value in self.within)
+            low, high = (number(value, self.unit if self.unit in UNITS else "") for value in self.within)
             return f"{low} to {high}"
         side, value = ("below", self.below) if self.above is None else ("above", self.above)
         return f"{side} {number(value, self.unit)}"
@@ -131,8 +141,8 @@ class Check:
             "value": _plain(np.median(values)),
             "spread": [_plain(values.min()), _plain(values.max())],
             "unit": self.unit,
-            "bound": [_plain(value) for value in self.bounds],
-            "holds": {"holds": True, "fails": False, "undecided": None}[self.status],
+            "bound": [_plain(value) for value in self.bounds] if self.bounded else None,
+            "holds": {"holds": True, "fails": False, "undecided": None, "": None}[self.status],
         }
 
 
@@ -170,12 +180,13 @@ def verdict(finding: Finding) -> str:
     """What the checks say of the claim.
 
     "supported" if all hold, "not supported" if some fail and none holds, "partly supported; not so: ..." if some fail;
-    "undecided: ..." if none fails and the numbers do not decide some. Without checks: "not judged".
+    "undecided: ..." if none fails and the numbers do not decide some. Without bounds: "not judged".
     """
     by_status: Mapping[str, list[str]] = {"holds": [], "fails": [], "undecided": []}
-    for check in finding.checks:
+    bounded = [check for check in finding.checks if check.bounded]
+    for check in bounded:
         by_status[check.status].append(check.statement)
-    if not finding.checks:
+    if not bounded:
         return "not judged"
     if by_status["fails"]:
         if not by_status["holds"]:

@@ -34,11 +34,7 @@ class Initializer(Protocol):
     """Draws one kernel."""
 
     def __call__(
-        self,
-        key: Key[Array, ""],
-        shape: tuple[int, ...],
-        init_scale: Float[Array, ""] | float = 1.0,
-        dtype=jnp.float32,
+        self, key: Key[Array, ""], shape: tuple[int, ...], init_scale: Float[Array, ""] | float = 1.0, dtype=jnp.float32
     ) -> Float[Array, "..."]:
         """An array of `shape` [..., fan_in, fan_out], `init_scale` times the standard draw."""
 

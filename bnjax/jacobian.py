@@ -117,9 +117,7 @@ def spectrum(
 
 
 def parameters(
-    x: Num[Array, "n c"],
-    epsilon: ArrayLike = 1e-5,
-    mask: Bool[Array, "n 1"] | None = None,
+    x: Num[Array, "n c"], epsilon: ArrayLike = 1e-5, mask: Bool[Array, "n 1"] | None = None
 ) -> BatchNormParams:
     """The derivatives of y with respect to batch normalization's own parameters, in training mode.
 
@@ -144,11 +142,7 @@ def parameters(
     return BatchNormParams(scale=x_hat, bias=jnp.ones_like(x_hat))
 
 
-def evaluation(
-    scale: Num[Array, " c"],
-    var: Num[Array, " c"],
-    epsilon: ArrayLike = 1e-5,
-) -> Float[jax.Array, " c"]:
+def evaluation(scale: Num[Array, " c"], var: Num[Array, " c"], epsilon: ArrayLike = 1e-5) -> Float[jax.Array, " c"]:
     """The Jacobian in evaluation mode, `scale / sqrt(var + epsilon)`: every sample has it on the diagonal.
 
     Args:
@@ -266,9 +260,7 @@ def block(
     z = jnp.matmul(x, kernel, precision="highest")
     x_hat, valid, count, factor, _ = _parts(z, scale, epsilon, mask)
     slope = jax.vmap(jax.vmap(jax.grad(activation)))(scale * x_hat + bias)  # [N, F]
-    to_x = jnp.einsum(
-        "if,fij,df->ifjd", slope, _matrix(x_hat, valid, count, factor), kernel, precision="highest"
-    )
+    to_x = jnp.einsum("if,fij,df->ifjd", slope, _matrix(x_hat, valid, count, factor), kernel, precision="highest")
     centred = valid[:, None] * (x - x.sum(0) / count)  # again: what rounding left
     covariance = jnp.matmul(x_hat.T, x, precision="highest") / count  # [F, D]
     to_kernel = factor[:, None] * (centred[:, None] - x_hat[:, :, None] * covariance)
@@ -280,13 +272,7 @@ def _parts(x, scale, epsilon, mask):
     x_hat, inv_sigma = batch_norm.standardize(x, epsilon, mask=mask)
     valid = jnp.ones(len(x), x_hat.dtype) if mask is None else mask[:, 0].astype(x_hat.dtype)
     inv_sigma = inv_sigma[0]
-    return (
-        x_hat,
-        valid,
-        jnp.maximum(valid.sum(), 1),
-        scale * inv_sigma,
-        jnp.square(jnp.sqrt(epsilon) * inv_sigma),
-    )
+    return (x_hat, valid, jnp.maximum(valid.sum(), 1), scale * inv_sigma, jnp.square(jnp.sqrt(epsilon) * inv_sigma))
 
 
 def _check(x, mask=None, scale=1.0, **others):

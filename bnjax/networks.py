@@ -107,8 +107,7 @@ def _from_pair(init, apply, *, scaled, config) -> Model:
 
     if config is None:
         names = {
-            what: getattr(f, "__qualname__", type(f).__qualname__)
-            for what, f in (("init", init), ("apply", apply))
+            what: getattr(f, "__qualname__", type(f).__qualname__) for what, f in (("init", init), ("apply", apply))
         }
         config = functions.in_words(scaled, model="functions", **names)
     draw, run = taking_extra(draw, takes_extra(init)), taking_extra(run, takes_extra(apply))
@@ -203,6 +202,4 @@ def _described(draw, apply, input_shape, names):
             if role or not frozen:
                 decayed = bool(role) and not frozen
                 rows.append(Row(name, leaf.shape, "frozen " * frozen + role, 1 in on, decayed, 0 in on))
-    return Description(
-        tuple(rows), tuple(part.name for part in reading.parts if part.where), reading.not_seen
-    )
+    return Description(tuple(rows), tuple(part.name for part in reading.parts if part.where), reading.not_seen)

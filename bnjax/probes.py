@@ -5,6 +5,7 @@ A layer is named as the model names it: a weight matrix by its path in `params` 
 
     kernels, weights                  weight matrices, of any `bnjax.Model`
     signals, gradients, flow          its intermediates, and the gradients to them and to the matrices
+    first_step                        what one step does to each weight matrix
     singular_values                   of the Jacobian between two intermediates, over the whole batch
     spread, stable_rank, angle        of arrays
 
@@ -22,25 +23,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.experimental.sparse import linalg
 
 from bnjax import choices, compilation, tracing
+from bnjax.losses import cross_entropy
 from bnjax.networks import as_model
 from bnjax.tables import ByLayer
-from bnjax.types import (
-    RANGES,
-    Array,
-    Dataset,
-    Hyperparams,
-    Model,
-    Probe,
-    PyTree,
-    Snapshot,
-    bound,
-    range_of,
-    with_extra,
-)
+from bnjax.types import RANGES, Array, Dataset, Hyperparams, Model, Probe, PyTree, Snapshot, bound, range_of, with_extra
 
 # Of a Jacobian that `singular_values` forms: 32 MB in float32, and some seconds for its singular values.
 LARGEST_JACOBIAN = 2**23
@@ -128,16 +117,12 @@ def _with_kernels(params, batch_stats, values):
     return (jax.tree_util.tree_map_with_path(replaced, tree) for tree in (params, batch_stats))
 
 
-def _cross_entropy(outputs, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, labels).mean()
-
-
 def weights(
     model: Any,
     input_shape: tuple[int, ...],
     *,
     batch_size: int | None = None,
-    loss: Callable[[jax.Array, jax.Array], jax.Array] = _cross_entropy,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
     extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> Probe:
     """A probe of each weight matrix W along training.
@@ -179,9 +164,7 @@ def weights(
         x, y = _first_examples(snapshot, batch_size)
 
         def loss_of(matrices):
-            outputs, _ = bound(model, snapshot.hyper.extra).apply(
-                *_with_kernels(*state, matrices), x, train=True
-            )
+            outputs, _ = bound(model, snapshot.hyper.extra).apply(*_with_kernels(*state, matrices), x, train=True)
             return with_extra(loss, snapshot.hyper.extra)(outputs, y)
 
         to_weights = jax.grad(loss_of)(now)
@@ -195,7 +178,7 @@ def flow(
     input_shape: tuple[int, ...],
     *,
     batch_size: int = 128,
-    loss: Callable[[jax.Array, jax.Array], jax.Array] = _cross_entropy,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
     extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> Probe:
     """A probe of each intermediate along training: what `signals` has, and gradient_norm, that of the loss to it.
@@ -224,8 +207,7 @@ def flow(
         own_loss = with_extra(loss, extra)
         norms = gradients(*network, lambda outputs: own_loss(outputs, y), extra=extra).intermediates
         measured = {
-            quantity: jnp.stack([getattr(found[name], quantity) for name in names])
-            for quantity in Signal._fields
+            quantity: jnp.stack([getattr(found[name], quantity) for name in names]) for quantity in Signal._fields
         }
         return measured | {"gradient_norm": jnp.stack([norms[name] for name in names])}
 
@@ -240,9 +222,7 @@ def _check_batch_size(batch_size):
 def _first_examples(snapshot, batch_size):
     x, y = snapshot.ds.train_x, snapshot.ds.train_y
     if batch_size > len(x):
-        raise ValueError(
-            f"a probe's batch_size must be at most the {len(x)} training examples, got {batch_size}"
-        )
+        raise ValueError(f"a probe's batch_size must be at most the {len(x)} training examples, got {batch_size}")
     return jnp.asarray(x[:batch_size]), jnp.asarray(y[:batch_size])
 
 
@@ -335,9 +315,7 @@ def _saturated(show, offsets, saturation):
     """
     names = list(offsets)
     before = dict(zip(names[1:], names, strict=False))
-    _, reached = tracing.dependent(
-        lambda *values: show(dict(zip(names, values, strict=True))), *offsets.values()
-    )
+    _, reached = tracing.dependent(lambda *values: show(dict(zip(names, values, strict=True))), *offsets.values())
     like = {
         name: offsets[name]
         for i, name in enumerate(names[1:])
@@ -405,9 +383,7 @@ def gradients(
     """
     model = bound(as_model(model), extra)
     offsets = _offsets(model, params, batch_stats, x, train)
-    matrices = kernels(
-        params, batch_stats, tracing.read(model.apply, params, batch_stats, x, train=train).kernels
-    )
+    matrices = kernels(params, batch_stats, tracing.read(model.apply, params, batch_stats, x, train=train).kernels)
 
     def loss_of(offsets, matrices):
         state = _with_kernels(params, batch_stats, matrices)
@@ -418,6 +394,55 @@ def gradients(
         ByLayer((name, _norm(to_offsets[name])) for name in offsets),
         ByLayer((name, _norm(to_matrices[name])) for name in matrices),
     )
+
+
+class FirstStep(NamedTuple):
+    """What one step W_1 = W_0 - learning_rate g does to a weight matrix."""
+
+    norm_before: jax.Array  # |W_0|
+    gradient_norm: jax.Array  # |g|
+    norm_after: jax.Array  # |W_1|
+    radial_cosine: jax.Array  # of the angle between W_0 and g: 0 behind a norm, whose outputs do not depend on |W|
+    rank_before: jax.Array  # the stable rank of W_0
+    rank_after: jax.Array  # and of W_1
+
+
+def first_step(
+    model: Any,
+    params: PyTree,
+    batch_stats: PyTree,
+    x: Array,
+    y: Array,
+    learning_rate: float | int | Array,
+    *,
+    loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
+) -> ByLayer:
+    """What a step of SGD without momentum does to each weight matrix.
+
+    Args:
+      model: the network.
+      params: of the network.
+      batch_stats: of the network.
+      x: the batch, [N, ...].
+      y: its labels or targets.
+      learning_rate: of the step.
+      loss: of outputs [N, K] and y, a scalar.
+
+    Returns:
+      {weight matrix: `FirstStep`}.
+    """
+    model = as_model(model)
+    paths = tracing.read(model.apply, params, batch_stats, x, train=True).kernels
+    slopes = jax.grad(lambda params: loss(model.apply(params, batch_stats, x, train=True)[0], y))(params)
+    to = kernels(slopes, among=paths)
+
+    def one(before, gradient):
+        after = before - learning_rate * gradient
+        sizes = [jnp.linalg.norm(matrix) for matrix in (before, gradient, after)]
+        cosine = (before / sizes[0] * gradient / sizes[1]).sum()
+        return FirstStep(*sizes, cosine, stable_rank(before), stable_rank(after))
+
+    return ByLayer((name, one(matrix, to[name])) for name, matrix in kernels(params, among=paths).items())
 
 
 def singular_values(
@@ -464,9 +489,7 @@ def singular_values(
     if source is not None:
         choices.check("source", source, names)
         if names.index(target) < names.index(source):
-            raise ValueError(
-                f"target {target!r} comes before source {source!r}; the order is {', '.join(names)}"
-            )
+            raise ValueError(f"target {target!r} comes before source {source!r}; the order is {', '.join(names)}")
     at = jnp.asarray(x) if source is None else jnp.zeros(shapes[source].shape, shapes[source].dtype)
     columns, rows = at.size, shapes[target].size
 

@@ -90,9 +90,7 @@ def read(apply: ApplyFn, params: PyTree, batch_stats: PyTree, x: Any, *, train: 
     run = functools.partial(apply, train=train)
     closed, (outputs, _) = jax.make_jaxpr(run, return_shape=True)(params, batch_stats, x)
     if len(jax.tree.leaves(outputs)) != 1:
-        raise ValueError(
-            f"a network's outputs must be one array [N, K] of floats; for N = 2 it gives {outputs}"
-        )
+        raise ValueError(f"a network's outputs must be one array [N, K] of floats; for N = 2 it gives {outputs}")
     return _read(closed, params, batch_stats)
 
 
@@ -114,9 +112,7 @@ def read_examples(
         except (TypeError, ValueError) as error:
             errors[dtype.__name__] = error
     told = "; ".join(f"{name}: {error}" for name, error in errors.items())
-    raise ValueError(f"the network does not take examples of shape {tuple(input_shape)}: {told}") from errors[
-        "float32"
-    ]
+    raise ValueError(f"the network does not take examples of shape {tuple(input_shape)}: {told}") from errors["float32"]
 
 
 def layers(apply: ApplyFn) -> LayersFn:
@@ -128,9 +124,7 @@ def layers(apply: ApplyFn) -> LayersFn:
         parts = [part for part in _read(closed, params, batch_stats).parts if part.where]
         unknown = set(offsets) - {part.name for part in parts}
         if unknown:
-            raise ValueError(
-                f"unknown offsets {sorted(unknown)}; allowed: {', '.join(part.name for part in parts)}"
-            )
+            raise ValueError(f"unknown offsets {sorted(unknown)}; allowed: {', '.join(part.name for part in parts)}")
         tree: dict = {}
         for part in parts:
             *enclosing, last = part.where
@@ -187,9 +181,7 @@ def _parts(products, outputs) -> Iterator[tuple[Part, str]]:
     @functools.cache
     def last_of_its_chain(value):
         rest = [one for one in onward.get(value, ()) if not (one.bent and one.base is value.base)]
-        return not onward.get(value) or any(
-            one.base is not value.base or last_of_its_chain(one) for one in rest
-        )
+        return not onward.get(value) or any(one.base is not value.base or last_of_its_chain(one) for one in rest)
 
     def with_bias_and_scale(value):
         transposed, end = value.transposed, value
@@ -218,14 +210,8 @@ def _parts(products, outputs) -> Iterator[tuple[Part, str]]:
         if not kernels:
             if end.hidden:
                 continue
-            latest = max(
-                (products[place] for place in value.products), key=lambda one: one.number, default=None
-            )
-            stem = (
-                next(iter(latest.carried)).removesuffix("/kernel").removesuffix("/weight")
-                if latest
-                else "input"
-            )
+            latest = max((products[place] for place in value.products), key=lambda one: one.number, default=None)
+            stem = next(iter(latest.carried)).removesuffix("/kernel").removesuffix("/weight") if latest else "input"
             name = f"{stem}/{'norm' if kind == 'norm' else 'softmax' if value.bend == 'softmax' else 'activation'}"
         count = counts[name] = counts.get(name, -1) + 1
         readout = bool(kernels) and bool(value.products & outputs.products)
@@ -255,18 +241,14 @@ def _evaluate(jaxpr, consts, args, tree, offsets) -> tuple[list, dict[str, jax.A
         if here and eqn.primitive.name in CALLS:
             call = functools.partial(_evaluate, *bodies_of(eqn)[0], tree=here)
             if "policy" in eqn.params:  # of jax.checkpoint
-                call = jax.checkpoint(
-                    call, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"]
-                )
+                call = jax.checkpoint(call, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
             found, inside = call([value(atom) for atom in eqn.invars], offsets=offsets)
             shown |= inside
         else:
             if jax.default_backend() == "cpu":
                 eqn = convolution.replaced_equation(eqn)
             variables = dict.fromkeys(atom for atom in eqn.invars if not isinstance(atom, core.Literal))
-            one = jaxpr.replace(
-                constvars=[], invars=[*variables], outvars=eqn.outvars, eqns=[eqn], debug_info=unnamed
-            )
+            one = jaxpr.replace(constvars=[], invars=[*variables], outvars=eqn.outvars, eqns=[eqn], debug_info=unnamed)
             found = jax.core.eval_jaxpr(one, [], *map(value, variables))
             for output, name in here.items():
                 found[output] = shown[name] = found[output] + offsets.get(name, 0)

@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 from bnjax import choices, convolution, tracing
+from bnjax.losses import LOSSES
 from bnjax.networks import as_model
 from bnjax.types import (
     Array,
@@ -55,29 +56,10 @@ OPTIMIZERS = MappingProxyType(
     {
         "sgd": lambda h, k: optax.chain(_decayed(h, k), optax.sgd(h.learning_rate, momentum=h.momentum)),
         "adam": lambda h, k: optax.chain(_decayed(h, k), optax.adam(h.learning_rate, b1=h.momentum)),
-        "adamw": lambda h, k: optax.adamw(
-            h.learning_rate, b1=h.momentum, weight_decay=h.weight_decay, mask=k
-        ),
-        "rmsprop": lambda h, k: optax.chain(
-            _decayed(h, k), optax.rmsprop(h.learning_rate, momentum=h.momentum)
-        ),
+        "adamw": lambda h, k: optax.adamw(h.learning_rate, b1=h.momentum, weight_decay=h.weight_decay, mask=k),
+        "rmsprop": lambda h, k: optax.chain(_decayed(h, k), optax.rmsprop(h.learning_rate, momentum=h.momentum)),
     }
 )
-
-
-def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """The mean cross-entropy of outputs [N, K] as logits for labels [N], in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(outputs, targets).mean()
-
-
-def squared(outputs: jax.Array, targets: jax.Array) -> jax.Array:
-    """The mean of (output - target)^2 over all entries of [N, K]; labels [N] are targets of 0 and 1."""
-    if jnp.issubdtype(targets.dtype, jnp.integer):
-        targets = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
-    return jnp.mean((outputs - targets) ** 2)
-
-
-LOSSES = MappingProxyType({"cross_entropy": cross_entropy, "squared": squared})
 
 
 @dataclass(frozen=True)
@@ -385,9 +367,7 @@ def _evaluate(model, loss_function, params, batch_stats, ds):
     return tuple(total / len(x))
 
 
-def check(
-    model: Model, ds: Dataset, config: TrainConfig, extra: Mapping[str, Any] = MappingProxyType({})
-) -> set[str]:
+def check(model: Model, ds: Dataset, config: TrainConfig, extra: Mapping[str, Any] = MappingProxyType({})) -> set[str]:
     """Raises ValueError if the data does not fit itself, the batch size, the network or the loss; nothing is computed.
 
     Or if the configuration's functions do not return a scalar loss or an optimizer, or ask for more than is in `extra`.
@@ -415,9 +395,7 @@ def check(
     outputs, params = jax.eval_shape(outputs_of, jax.ShapeDtypeStruct((2, *train), ds.train_x.dtype))
     shape = getattr(outputs, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != 2 or not jnp.issubdtype(outputs.dtype, jnp.floating):
-        raise ValueError(
-            f"a network's outputs must be one array [N, K] of floats; for N = 2 it gives {outputs}"
-        )
+        raise ValueError(f"a network's outputs must be one array [N, K] of floats; for N = 2 it gives {outputs}")
     for split, x, y in (("train", ds.train_x, ds.train_y), ("test", ds.test_x, ds.test_y)):
         if not (jnp.issubdtype(x.dtype, jnp.floating) or x.dtype in (np.int32, np.int64)):
             raise ValueError(f"{split}_x must be floating point (or int32, of tokens), got {x.dtype}")
@@ -437,9 +415,7 @@ def check(
 def _check_targets(split, y, num_outputs, config):
     if jnp.issubdtype(y.dtype, jnp.floating) and config.loss != "cross_entropy":
         if y.shape[1:] != (num_outputs,):
-            raise ValueError(
-                f"{split} targets must be [N, {num_outputs}], as the outputs; got {list(y.shape)}"
-            )
+            raise ValueError(f"{split} targets must be [N, {num_outputs}], as the outputs; got {list(y.shape)}")
         return
     if not jnp.issubdtype(y.dtype, jnp.integer):
         raise ValueError(f"{split} labels must be integers, got {y.dtype}")
@@ -457,6 +433,4 @@ def _check_shapes(ds, config):
         if len(x) != len(y) or len(x) == 0:
             raise ValueError(f"the {split} split has {len(x)} examples and {len(y)} labels")
     if config.batch_size > len(ds.train_x):
-        raise ValueError(
-            f"batch_size must be at most the {len(ds.train_x)} training examples, got {config.batch_size}"
-        )
+        raise ValueError(f"batch_size must be at most the {len(ds.train_x)} training examples, got {config.batch_size}")

@@ -47,9 +47,7 @@ class InitFn(Protocol):
 class ApplyFn(Protocol):
     """Maps a batch to outputs, and batch statistics to the updated ones."""
 
-    def __call__(
-        self, params: PyTree, batch_stats: PyTree, x: jax.Array, *, train: bool
-    ) -> tuple[jax.Array, PyTree]:
+    def __call__(self, params: PyTree, batch_stats: PyTree, x: jax.Array, *, train: bool) -> tuple[jax.Array, PyTree]:
         """`x` [N, ...] -> (outputs [N, K], batch_stats); unchanged if not `train`."""
 
 
@@ -58,13 +56,7 @@ class LayersFn(Protocol):
     """Like `ApplyFn`, but shows every named intermediate, each with an offset added to it."""
 
     def __call__(
-        self,
-        params: PyTree,
-        batch_stats: PyTree,
-        x: jax.Array,
-        offsets: Mapping[str, jax.Array],
-        *,
-        train: bool,
+        self, params: PyTree, batch_stats: PyTree, x: jax.Array, offsets: Mapping[str, jax.Array], *, train: bool
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The gradient with respect to a zero offset is the gradient to that intermediate."""
 
@@ -127,9 +119,7 @@ class Watched(dict):
         return [self[name] for name in self]
 
 
-jax.tree_util.register_pytree_node(
-    Watched, lambda w: (w.values(), (*w,)), lambda n, v: dict(zip(n, v, strict=True))
-)
+jax.tree_util.register_pytree_node(Watched, lambda w: (w.values(), (*w,)), lambda n, v: dict(zip(n, v, strict=True)))
 
 
 def some_of(names: Iterable[str]) -> Watched:
@@ -151,9 +141,7 @@ def taking_extra(function: Callable, takes: bool) -> Callable:
 def bound(model: Model, extra: Mapping[str, Any]) -> Model:
     """The model with that `extra` in all its functions that take it."""
     layers = model.layers and with_extra(model.layers, extra)
-    return model._replace(
-        init=with_extra(model.init, extra), apply=with_extra(model.apply, extra), layers=layers
-    )
+    return model._replace(init=with_extra(model.init, extra), apply=with_extra(model.apply, extra), layers=layers)
 
 
 class Dataset(NamedTuple):
@@ -221,9 +209,7 @@ RANGES = MappingProxyType(
         "init_scale": Range(np.dtype("float32"), 0, False, math.inf, "positive and finite in float32"),
         "learning_rate": Range(np.dtype("float32"), 0, False, math.inf, "positive and finite in float32"),
         "momentum": Range(np.dtype("float32"), 0, True, 1, "in [0, 1) (the optimizer's)"),
-        "weight_decay": Range(
-            np.dtype("float32"), 0, True, math.inf, "zero or positive, and finite in float32"
-        ),
+        "weight_decay": Range(np.dtype("float32"), 0, True, math.inf, "zero or positive, and finite in float32"),
     }
 )
 
@@ -240,9 +226,7 @@ def check_values(hyper: Hyperparams) -> None:
     """Raises ValueError for a name in `extra` that is none, or for a value out of range that is not traced."""
     for name in hyper.extra:
         if not isinstance(name, str) or not name.isidentifier() or name in RANGES:
-            raise ValueError(
-                f"extra takes names that no hyperparameter has, as Python's variables have; got {name!r}"
-            )
+            raise ValueError(f"extra takes names that no hyperparameter has, as Python's variables have; got {name!r}")
     for name, value in hyper.named().items():
         if not isinstance(value, jax.core.Tracer):
             check_value(name, value)

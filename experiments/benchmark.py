@@ -57,18 +57,14 @@ flags.DEFINE_list(
     "64x32,128x128,256x512,1024x256,8192x1024,32x28x28x64",
     "Inputs, features last: NxC, or NxHxWxC for images.",
 )
-flags.DEFINE_list(
-    "workloads", [], f"Sweeps to measure instead of layers: all, or {', '.join(workloads.ALL)}."
-)
+flags.DEFINE_list("workloads", [], f"Sweeps to measure instead of layers: all, or {', '.join(workloads.ALL)}.")
 flags.DEFINE_integer(
     "cells",
     None,
     "Layers of each shape vmapped together (default 1), or networks in a sweep (default: the workload's own).",
     lower_bound=1,
 )
-flags.DEFINE_integer(
-    "steps", None, "Of each network in a sweep (default: the workload's own).", lower_bound=1
-)
+flags.DEFINE_integer("steps", None, "Of each network in a sweep (default: the workload's own).", lower_bound=1)
 flags.DEFINE_integer(
     "rounds",
     None,
@@ -79,16 +75,12 @@ flags.DEFINE_float("milliseconds", 20.0, "Least length of one measurement of a l
 flags.DEFINE_float("seconds", 1.0, "About the least length of one measurement of a sweep.", lower_bound=0.0)
 flags.DEFINE_list("peers", [*processes.PEERS], "What to measure beside bnjax's sweeps.")
 flags.DEFINE_bool("profile", True, "Measure where a sweep's time goes.")
-flags.DEFINE_bool(
-    "widths", False, "Measure sweeps at each of some widths, beside the width that is chosen by size."
-)
+flags.DEFINE_bool("widths", False, "Measure sweeps at each of some widths, beside the width that is chosen by size.")
 flags.DEFINE_bool("first_result", True, "Measure the time to a sweep's first result.")
 flags.DEFINE_bool("growth", False, "Measure what a cell of the smallest workload costs as the grid grows.")
 flags.DEFINE_list("growth_cells", ["64", "1024", "8192", "65536"], "Grids for --growth.")
 flags.DEFINE_integer("growth_steps", 100, "Steps of each cell for --growth.", lower_bound=1)
-flags.DEFINE_string(
-    "docs", None, "A Markdown page in which to replace the tables of sweeps, between its markers."
-)
+flags.DEFINE_string("docs", None, "A Markdown page in which to replace the tables of sweeps, between its markers.")
 flags.DEFINE_string("out", "results/benchmark", "Output folder.")
 flags.DEFINE_bool("overwrite", False, "Replace what an earlier benchmark left in the output folder.")
 
@@ -256,9 +248,7 @@ def measure(shape: tuple[int, ...], cells: int, rounds: int, least_seconds: floa
 
 def report(results: xr.Dataset) -> tuple[Table, Table]:
     """Time over the fastest implementation's, and residuals over the input's size."""
-    times = Table(
-        title="Forward + backward, times the fastest (median and quartiles over rounds), and microseconds"
-    )
+    times = Table(title="Forward + backward, times the fastest (median and quartiles over rounds), and microseconds")
     kept = Table(title="Kept for the backward pass, times the size of x")
     # Paired: each round's ratio to the implementation that is the fastest by its median.
     fastest = results.seconds.median("round").argmin("implementation")
@@ -327,10 +317,7 @@ def compare_layers(shapes: list[tuple[int, ...]], folder: Path) -> None:
 def check_sweeps() -> Callable[[Path], None]:
     """The measurement of sweeps that the flags ask for, which takes the output folder; or ValueError, OSError."""
     names = [*workloads.ALL] if FLAGS.workloads == ["all"] else FLAGS.workloads
-    for flag, given, allowed in (
-        ("workloads", names, workloads.ALL),
-        ("peers", FLAGS.peers, processes.PEERS),
-    ):
+    for flag, given, allowed in (("workloads", names, workloads.ALL), ("peers", FLAGS.peers, processes.PEERS)):
         for name in given:
             choices.check(f"name in --{flag}", name, [*allowed])
         if len({*given}) < len(given):
@@ -364,9 +351,7 @@ def compare_sweeps(names: list[str], grids: list[int], folder: Path, page: Path 
     options = {"rounds": rounds, "seconds": FLAGS.seconds}
     try:
         with progress_of(ticks) as tick:
-            results = speed.measure(
-                names, implementations, cells=FLAGS.cells, steps=FLAGS.steps, tick=tick, **options
-            )
+            results = speed.measure(names, implementations, cells=FLAGS.cells, steps=FLAGS.steps, tick=tick, **options)
             if FLAGS.first_result:
                 results = results.merge(speed.first_result(names[0], FLAGS.cells, FLAGS.steps))
                 tick()
@@ -383,9 +368,7 @@ def compare_sweeps(names: list[str], grids: list[int], folder: Path, page: Path 
     path = common.save(results, folder / common.RESULTS, SCRIPT, overwrite=FLAGS.overwrite)
     if "products" in peers:
         shown = ["bnjax", *(name for name in peers if name != "products")]
-        share = xr.concat(
-            [tables.ratios(results.speed, name, "products") for name in shown], "implementation"
-        )
+        share = xr.concat([tables.ratios(results.speed, name, "products") for name in shown], "implementation")
         titles = [tables.title(name) for name in shown]
         share = share.assign_coords(implementation=np.array(titles, object))
         figure = plots.shares(share, title=f"Training sweeps on {speed.machine()}")
@@ -399,11 +382,7 @@ def compare_sweeps(names: list[str], grids: list[int], folder: Path, page: Path 
         common.console().print(tables.for_terminal(one))
     print(*verdicts, setting, sep="\n")
     text = "\n".join(
-        [
-            f"`{common.command(SCRIPT)}`, on {setting}\n",
-            *map(tables.markdown, figures),
-            *(f"- {v}" for v in verdicts),
-        ]
+        [f"`{common.command(SCRIPT)}`, on {setting}\n", *map(tables.markdown, figures), *(f"- {v}" for v in verdicts)]
     )
     page_text = f"# Training sweeps, measured\n\n{text}\n"
     written = common.save(page_text, folder / TABLES, SCRIPT, overwrite=FLAGS.overwrite)

@@ -42,6 +42,8 @@ class Claim(Generic[S]):
       figure: (results, settings) -> a matplotlib figure, or None.
       must_hold: whether the script fails unless all findings are supported.
       share: of the script's time, in any unit, for the time left.
+      tables: (results, settings) -> what is printed and stored beside the findings.
+      explanation: what a reader has to know of the question.
     """
 
     name: str
@@ -56,21 +58,28 @@ class Claim(Generic[S]):
     figure: Callable[[xr.Dataset, S], Any]
     must_hold: bool = False
     share: float | int = 1
+    tables: Callable[[xr.Dataset, S], Sequence[table.Table]] = lambda results, settings: ()
+    explanation: str = ""
 
 
 def script(
-    name: str, claims: Sequence[Claim], data: Callable[[], bnjax.Dataset] | None = None
+    name: str,
+    claims: Sequence[Claim],
+    data: Callable[[Sequence[Any]], bnjax.Dataset] | None = None,
+    *,
+    flag: str = "claims",
 ) -> Callable[[list[str]], None]:
     """Defines the flags of a script with these claims, and returns its main.
 
     Args:
       name: of the module in `experiments`.
       claims: in the order in which they run.
-      data: loads the data of all claims, by the flags; None: they need none.
+      data: (settings of the chosen claims) -> the data of all of them, by the flags; None: they need none.
+      flag: which names the claims to check.
     """
     every = [one.name for one in claims]
-    flags.DEFINE_list("claims", every, f"Which to check, of {', '.join(every)}.")
-    flags.DEFINE_bool("full", False, "The full settings of each claim.")
+    flags.DEFINE_list(flag, every, f"Which to run, of {', '.join(every)}.")
+    flags.DEFINE_bool("full", False, "The full settings of each, for larger machines.")
     flags.DEFINE_string("out", f"results/{name}", "Output folder.")
     settings.define(claims)
 
@@ -80,10 +89,10 @@ def script(
         folder = Path(flags.FLAGS.out).expanduser()
         try:
             common.check_arguments(argv)
-            jobs = chosen(claims)
+            jobs = chosen(claims, flag)
             files = [f"{one.name}.{kind}" for one, _ in jobs for kind in ("zarr", "png")]
             common.check_out(folder, name, *files, f"{name}.json")
-            ds = data() if data else None
+            ds = data([values for _, values in jobs]) if data else None
         except (ValueError, OSError, ImportError) as error:
             raise common.fail(str(error)) from None
         if failed := run(name, jobs, ds, folder):
@@ -92,19 +101,19 @@ def script(
     return main
 
 
-def chosen(claims: Sequence[Claim]) -> list[tuple[Claim, Any]]:
-    """[(claim, its settings)], by the flags.
+def chosen(claims: Sequence[Claim], flag: str) -> list[tuple[Claim, Any]]:
+    """[(claim, its settings)], by the flags, of which one names the claims.
 
     Raises:
       ValueError: naming the flag, for one that is not allowed.
     """
-    by_name, names = {one.name: one for one in claims}, flags.FLAGS.claims
+    by_name, names = {one.name: one for one in claims}, flags.FLAGS[flag].value
     if not names:
-        raise ValueError(f"--claims is empty; allowed: {', '.join(by_name)}")
+        raise ValueError(f"--{flag} is empty; allowed: {', '.join(by_name)}")
     for name in names:
-        choices.check("claim in --claims", name, by_name)
+        choices.check(f"{flag.removesuffix('s')} in --{flag}", name, by_name)
     if len({*names}) < len(names):
-        raise ValueError(f"--claims names one twice: {','.join(names)}")
+        raise ValueError(f"--{flag} names one twice: {','.join(names)}")
     return [(by_name[name], settings.parse(by_name[name], claims, full=flags.FLAGS.full)) for name in names]
 
 
@@ -119,7 +128,7 @@ def run(name: str, jobs: Sequence[tuple[Claim, Any]], ds: bnjax.Dataset | None, 
         begin = time.monotonic()
         try:
             results = one.measure(values, ds)
-            found = one.judge(results, values)
+            found, shown = one.judge(results, values), one.tables(results, values)
             common.save(results.assign_attrs(claim=one.name), folder / f"{one.name}.zarr", name)
             figure = one.figure(results, values)
             if figure is not None:
@@ -132,20 +141,21 @@ def run(name: str, jobs: Sequence[tuple[Claim, Any]], ds: bnjax.Dataset | None, 
         report[one.name] = {
             "question": one.question,
             "source": one.source,
-            "settings": dataclasses.asdict(values),
+            "settings": settings.stored(values),
             "seconds": round(time.monotonic() - begin, 1),
             "findings": [each.as_json() for each in found],
+            "tables": [each.as_json() for each in shown],
         }
         if one.must_hold and (wrong := [each.claim for each in found if verdict(each) != "supported"]):
             failed.append(f"{one.name} must hold, but: {' '.join(wrong)}")
         path = _save_report(name, report, start, folder)
-        print(table.findings_text(one.name, one.question, one.source, found), end="\n\n", flush=True)
+        about = [text for text in (one.source, one.explanation) if text]
+        parts = [table.findings_text(f"{one.name}: {one.question}", about, found), *(each.text() for each in shown)]
+        print(*parts, sep="\n\n", end="\n\n", flush=True)
         spent, done = time.monotonic() - start, sum(each.share for each, _ in jobs[: i + 1])
         left = spent * (total - done) / done
         print(
-            f"{i + 1} of {len(jobs)} claims, {spent:.0f} s so far, some {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
+            f"{i + 1} of {len(jobs)} claims, {spent:.0f} s so far, some {left:.0f} s left", file=sys.stderr, flush=True
         )
     if findings:
         print(table.summary(findings), end="\n\n")
@@ -156,9 +166,5 @@ def run(name: str, jobs: Sequence[tuple[Claim, Any]], ds: bnjax.Dataset | None, 
 
 
 def _save_report(name, report, start, folder) -> Path:
-    content = {
-        "versions": provenance.versions(),
-        "seconds": round(time.monotonic() - start, 1),
-        "claims": report,
-    }
+    content = {"versions": provenance.versions(), "seconds": round(time.monotonic() - start, 1), "claims": report}
     return common.save(content, folder / f"{name}.json", name)

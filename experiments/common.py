@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import queue
 import re
 import shlex
 import signal
@@ -12,6 +13,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from absl import flags, logging
 from rich.console import Console
 
 from bnjax import compilation, export
+from bnjax.sweeps.progress import LINE_SECONDS
 
 RESULTS = "results.zarr"
 MOST_VALUES = 1_000_000  # on one axis
@@ -51,16 +54,10 @@ def check_size(flag: str, value: Any) -> None:
 
 def define_distributed() -> None:
     """The flags of a run on several processes, for `prepare_process`."""
-    flags.DEFINE_bool(
-        "distributed", False, "Share the grid with the other processes of a jax.distributed job."
-    )
-    flags.DEFINE_string(
-        "coordinator", None, "host:port of process 0. Default: from Slurm, a TPU pod or Open MPI."
-    )
+    flags.DEFINE_bool("distributed", False, "Share the grid with the other processes of a jax.distributed job.")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0. Default: from Slurm, a TPU pod or Open MPI.")
     flags.DEFINE_integer("processes", None, "How many there are. Default: likewise.", lower_bound=1)
-    flags.DEFINE_integer(
-        "process", None, "Which of them this one is, from 0. Default: likewise.", lower_bound=0
-    )
+    flags.DEFINE_integer("process", None, "Which of them this one is, from 0. Default: likewise.", lower_bound=0)
 
 
 def join_others() -> None:
@@ -76,9 +73,7 @@ def join_others() -> None:
     if named and not values.distributed:
         raise ValueError(f"{', '.join(named)} without --distributed")
     if named and len(named) < 3:
-        raise ValueError(
-            f"--coordinator, --processes and --process belong together, got only {', '.join(named)}"
-        )
+        raise ValueError(f"--coordinator, --processes and --process belong together, got only {', '.join(named)}")
     if values.distributed:
         jax.distributed.initialize(given["coordinator"], given["processes"], given["process"])
 
@@ -107,13 +102,9 @@ def parse_floats(flag: str, text: str) -> list[float]:
         low, high, count = text.split(":")
         low, high, count = float(low), float(high), int(count)
     except ValueError:
-        raise ValueError(
-            f"--{flag} takes numbers '0.1,1,10' or a range 'low:high:count', got {text!r}"
-        ) from None
+        raise ValueError(f"--{flag} takes numbers '0.1,1,10' or a range 'low:high:count', got {text!r}") from None
     if not (0 < low < high < math.inf) or not 2 <= count <= MOST_VALUES:
-        raise ValueError(
-            f"--{flag}: a range needs 0 < low < high and a count in [2, {MOST_VALUES}], got {text!r}"
-        )
+        raise ValueError(f"--{flag}: a range needs 0 < low < high and a count in [2, {MOST_VALUES}], got {text!r}")
     exponents = np.linspace(math.log10(low), math.log10(high), count)
     return [float(f"{10**e:.6g}") for e in exponents]
 
@@ -255,44 +246,84 @@ def interruptible() -> Iterator[None]:
     def watch():
         # Python's own handlers wait for the main thread, which may be in a long call; this descriptor does not.
         while number := reader.recv(1):
-            if number[0] in (signal.SIGINT, signal.SIGTERM):
-                leave(number[0])
+            if number[0] in signals:
+                name = signal.Signals(number[0]).name
+                print(f"interrupted ({name}); what was stored is kept", file=sys.stderr, flush=True)
+                os._exit(128 + number[0])
 
-    def leave(number):
-        print(
-            f"interrupted ({signal.Signals(number).name}); what was stored is kept",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, lambda *_: None), signal.set_wakeup_fd(writer.fileno())
+    # A KeyboardInterrupt beside it would show a traceback. A signal that the shell has ignored stays so.
+    signals = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    handlers, wakeup = {n: signal.signal(n, lambda *_: None) for n in signals}, signal.set_wakeup_fd(writer.fileno())
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
     try:
         yield
-    except KeyboardInterrupt:
-        leave(signal.SIGINT)
     finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.set_wakeup_fd(before[1])
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
         writer.close()
         watching.join()
         reader.close()
 
 
-def in_threads(
-    function: Callable[[Any], Any], arguments: Sequence[Any], description: str, count: int
-) -> list[Any]:
-    """[function(argument)], `count` at a time, in order; with a progress bar on a terminal's standard error."""
-    bar = Console(stderr=True)
-    with concurrent.futures.ThreadPoolExecutor(count) as pool:
-        found = pool.map(function, arguments)
-        return list(
-            rich.progress.track(
-                found, description, total=len(arguments), console=bar, disable=not bar.is_terminal
-            )
-        )
+@contextlib.contextmanager
+def progress(total: int, description: str) -> Iterator[Callable[[], None]]:
+    """A function to call after each of `total` parts; the time left is shown on standard error.
+
+    On a terminal that is a bar, elsewhere a line a minute.
+    """
+    console = Console(stderr=True)
+    bar = rich.progress.Progress(
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task, start = bar.add_task(description, total=total), time.monotonic()
+    last = start
+
+    def tick():
+        nonlocal last
+        bar.advance(task)
+        now, done = time.monotonic(), bar.tasks[0].completed
+        if bar.disable and now - last > LINE_SECONDS:
+            last, left = now, (now - start) * (total - done) / done
+            text = f"{description}: {done:.0f} of {total}, {now - start:.0f} s so far, about {left:.0f} s left"
+            print(text, file=sys.stderr, flush=True)
+
+    with bar:
+        yield tick
+
+
+def in_threads(function: Callable[[Any], Any], arguments: Sequence[Any], description: str, count: int) -> list[Any]:
+    """[function(argument)], `count` at a time, in order; with progress."""
+    with progress(len(arguments), description) as tick, concurrent.futures.ThreadPoolExecutor(count) as pool:
+        found = []
+        for one in pool.map(function, arguments):
+            found.append(one)
+            tick()
+    return found
+
+
+def on_all_devices(function: Callable[[Any], Any], arguments: Sequence[Any], description: str) -> list[Any]:
+    """[function(argument)] as numpy arrays, in order, one at a time on each of JAX's devices; with progress."""
+    devices = queue.SimpleQueue()
+    for device in jax.local_devices():
+        devices.put(device)
+
+    def run(argument):
+        device = devices.get()
+        try:
+            with jax.default_device(device):
+                return jax.tree.map(np.asarray, function(argument))
+        finally:
+            devices.put(device)
+
+    return in_threads(run, arguments, description, jax.local_device_count())
 
 
 def command(script: str, **changes: Any) -> str:

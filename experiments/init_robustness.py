@@ -32,9 +32,7 @@ flags.DEFINE_string("dataset", "fashion_mnist_mini", "fashion_mnist_mini, fashio
 flags.DEFINE_string("data_dir", None, "Where prepared data sets are kept. Default: the user's cache folder.")
 flags.DEFINE_string("manual_dir", None, "Folder with a data set's original archives, instead of a download.")
 flags.DEFINE_integer("train_examples", None, "Use only the first of the training examples. Default: all.")
-flags.DEFINE_string(
-    "standardize", "dataset", "Standardize inputs over the whole data 'set' or per 'feature'."
-)
+flags.DEFINE_string("standardize", "dataset", "Standardize inputs over the whole data 'set' or per 'feature'.")
 # network
 flags.DEFINE_integer("depth", 3, "Number of hidden layers.", lower_bound=1)
 flags.DEFINE_integer("hidden_width", 128, "Units per hidden layer.", lower_bound=1)
@@ -43,9 +41,7 @@ flags.DEFINE_list("norms", "batch,none", f"Networks to compare, of {', '.join(ml
 flags.DEFINE_string("norm_position", "before_activation", f"One of {', '.join(mlp.NORM_POSITIONS)}.")
 flags.DEFINE_float("epsilon", 1e-5, "Batch normalization's epsilon, inside the square root.")
 flags.DEFINE_list("initializers", "he_normal", "Of the kernels; several are compared.")
-flags.DEFINE_string(
-    "scaled_layers", "hidden", f"Kernels that init_scale multiplies: {' or '.join(mlp.SCALED_LAYERS)}."
-)
+flags.DEFINE_string("scaled_layers", "hidden", f"Kernels that init_scale multiplies: {' or '.join(mlp.SCALED_LAYERS)}.")
 flags.DEFINE_bool("frozen_baseline", True, "Also train BN networks whose hidden weights stay as drawn.")
 # grid
 flags.DEFINE_string("seeds", "5", "Initialization seeds: a count, a range 0:5 or a list 0,1,2.")
@@ -70,9 +66,7 @@ flags.DEFINE_float("checkpoint_minutes", 5.0, "Most minutes of work that may be 
 flags.DEFINE_bool("status", False, "Only say what of the results is done.")
 flags.DEFINE_string("plan", None, "No longer taken: --width sets the width.")
 flags.DEFINE_integer("width", None, "Cells vmapped together on one device. Default: by size.", lower_bound=1)
-flags.DEFINE_integer(
-    "segment", None, "Most steps in one call of the program. Default: by size.", lower_bound=1
-)
+flags.DEFINE_integer("segment", None, "Most steps in one call of the program. Default: by size.", lower_bound=1)
 flags.DEFINE_bool(
     "measure_width",
     False,
@@ -117,9 +111,7 @@ def main(argv: list[str]) -> None:
             print(common.command(SCRIPT, width=width, measure_width=None))
             return
         with contextlib.suppress(ValueError):
-            if not FLAGS.overwrite and all(
-                done == count for done, count in bnjax.status(path).cells.values()
-            ):
+            if not FLAGS.overwrite and all(done == count for done, count in bnjax.status(path).cells.values()):
                 print(f"{path} is there: its cells are checked, and what is whole is not trained again.")
         results = bnjax.sweep(
             *job[:4],
@@ -145,9 +137,7 @@ def prepare(argv: list[str], folder: Path) -> Job:
     """The job, after every check that can be made before training."""
     common.check_arguments(argv)
     if FLAGS.plan is not None:
-        raise ValueError(
-            f"--plan={FLAGS.plan} is no longer taken: the width is by size; --width sets another"
-        )
+        raise ValueError(f"--plan={FLAGS.plan} is no longer taken: the width is by size; --width sets another")
     if not 0 < FLAGS.threshold <= 1:
         raise ValueError(f"--threshold must be in (0, 1], got {FLAGS.threshold}")
     axes = {
@@ -171,11 +161,7 @@ def prepare(argv: list[str], folder: Path) -> Job:
             "input, and nothing can be learned. Use at least 2, or --norms=none"
         )
     choices.check("--dataset", FLAGS.dataset, bnjax.data.NAMES)
-    data_args = {
-        "name": FLAGS.dataset,
-        "train_examples": FLAGS.train_examples,
-        "standardize": FLAGS.standardize,
-    }
+    data_args = {"name": FLAGS.dataset, "train_examples": FLAGS.train_examples, "standardize": FLAGS.standardize}
     common.check_writable(folder)
     others = [p.name for p in folder.iterdir() if not p.name.startswith(f".{common.RESULTS}")]
     if others and common.RESULTS not in others:
@@ -229,11 +215,7 @@ def report(results: xr.Dataset, path: Path) -> None:
 
     accuracy, chance = robustness.final_accuracy(results), robustness.guessing(results)
     figure = plots.robustness(
-        accuracy,
-        threshold=FLAGS.threshold,
-        chance=chance,
-        baselines=set(baselines.values()),
-        title=title(),
+        accuracy, threshold=FLAGS.threshold, chance=chance, baselines=set(baselines.values()), title=title()
     )
     figures = {"accuracy.png": figure}
     if accuracy.sizes["learning_rate"] > 1:
@@ -314,10 +296,7 @@ def rate_maps(accuracy: xr.DataArray, rates: xr.DataArray):
         f"final test accuracy (%),\n{f'median of {seeds} seeds' if seeds > 1 else 'one seed'}",
         level=100 * level,
         best=rates,
-        labels=(
-            f"trains: {FLAGS.threshold:.4g} of the best, {level:.1%}, or more",
-            "best rate at this scale",
-        ),
+        labels=(f"trains: {FLAGS.threshold:.4g} of the best, {level:.1%}, or more", "best rate at this scale"),
         title=title(),
     )
 

@@ -81,9 +81,7 @@ def calibrated(run: Timed, width: int, cells: int) -> tuple[int, float]:
     further = 4 * SHORT
     while True:
         lengths = (SHORT, SHORT + further)
-        _, *pairs = (
-            [run(width, cells, steps) for steps in lengths] for _ in range(4)
-        )  # the first one compiles
+        _, *pairs = ([run(width, cells, steps) for steps in lengths] for _ in range(4))  # the first one compiles
         short, longer = np.transpose(pairs)
         seconds = max(float(np.median(longer - short)), SECONDS / 64)
         if seconds > SECONDS / 2:
@@ -106,10 +104,7 @@ def climb(start: int, over: Callable[[int, int], float]) -> list[int]:
       over: the job's time at one width over that at another, which is the best so far; infinite: it cannot run.
     """
     times = {start: 1.0}
-    for factor, most in (
-        (2, 2),
-        (0.5, math.inf),
-    ):  # wider ones cost more and more: most that are tried in vain
+    for factor, most in ((2, 2), (0.5, math.inf)):  # wider ones cost more and more: most that are tried in vain
         width, in_vain = start, 0
         while in_vain < most and (width := int(width * factor)):
             least = min(times, key=times.get)
@@ -122,12 +117,7 @@ def climb(start: int, over: Callable[[int, int], float]) -> list[int]:
 
 
 def measured(
-    runs: Mapping[str, Timed],
-    start: int,
-    devices: int,
-    cells: int,
-    rounds: int,
-    tick: Tick = say,
+    runs: Mapping[str, Timed], start: int, devices: int, cells: int, rounds: int, tick: Tick = say
 ) -> xr.DataArray:
     """The speeds at the widths that are worth it.
 
@@ -162,9 +152,7 @@ def measured(
         for name, run in runs.items():
             try:
                 run(widths[0], in_sweep(widths[0]), sizes[name][0])  # compiles
-                first, second = (
-                    [roughly(name, width) for width in order] for order in (widths, widths[::-1])
-                )
+                first, second = ([roughly(name, width) for width in order] for order in (widths, widths[::-1]))
             except NO_MEMORY as error:
                 reason, *_ = str(error).split("\n")
                 tick(f"{name}, width {widths[0]}: left out: {reason}")

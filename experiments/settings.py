@@ -5,12 +5,15 @@ this module and the mains touch absl's flags.
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from absl import flags
 
+from bnjax.sweeps import grid
+from bnjax.types import Hyperparams
 from experiments import common
 
 flags.disclaim_key_flags()  # they belong to the script that asks for them
@@ -50,6 +53,27 @@ def require(holds: bool, field: str, words: str) -> None:
         raise Refused(field, words)
 
 
+def at_least(settings: Any, **least: float | int) -> None:
+    """Raises `Refused` for a field that is below this."""
+    for field, value in least.items():
+        require(getattr(settings, field) >= value, field, f"must be at least {value}, got {getattr(settings, field)}")
+
+
+def positive(settings: Any, *fields: str) -> None:
+    """Raises `Refused` for a field that is not above 0 and finite."""
+    for field in fields:
+        value = getattr(settings, field)
+        require(0 < value < math.inf, field, f"must be above 0 and finite, got {value}")
+
+
+def check_axis(settings: Any, field: str, axis: str) -> None:
+    """Raises `Refused` for values that no network can be trained with: of a sweep's axis such as "learning_rate"."""
+    try:
+        grid.check({axis: list(getattr(settings, field))}, Hyperparams())
+    except ValueError as error:
+        raise Refused(field, f"cannot be swept: {error}") from None
+
+
 def define(claims: Sequence[HasSettings]) -> None:
     """Defines the flags of all their settings, with quick and full defaults side by side in the help."""
     for flag, (claim, field) in _flags(claims).items():
@@ -57,9 +81,7 @@ def define(claims: Sequence[HasSettings]) -> None:
         both = quick if quick == full else f"{quick}; with --full, {full}"
         kind = _type(claim, field)
         one = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
-        define_one = (
-            one.get(kind, flags.DEFINE_string) if not field.metadata["parse"] else flags.DEFINE_string
-        )
+        define_one = one.get(kind, flags.DEFINE_string) if not field.metadata["parse"] else flags.DEFINE_string
         define_one(flag, None, f"{field.metadata['words']} Default: {both}.")
 
 
@@ -79,6 +101,12 @@ def parse(claim: HasSettings, claims: Sequence[HasSettings], *, full: bool) -> A
         return dataclasses.replace(base, **given)
     except Refused as error:
         raise ValueError(f"--{flag_of[error.field]} {error.words}") from None
+
+
+def stored(settings: Any) -> dict[str, Any]:
+    """What a report says of settings; long ranges of seeds as text."""
+    values = dataclasses.asdict(settings)
+    return {name: _text(value) if _is_long_range(value) else value for name, value in values.items()}
 
 
 def _flags(claims) -> Mapping[str, tuple[HasSettings, dataclasses.Field]]:
@@ -132,8 +160,8 @@ def _parsed(claim, field, flag, value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def parse_counts(flag: str, text: str) -> list[int]:
-    """`1,2,5`: different numbers of at least 1, ascending.
+def parse_counts(flag: str, text: str, least: int = 1) -> list[int]:
+    """`1,2,5`: different numbers of at least `least`, ascending.
 
     Raises:
       ValueError: naming the flag, for any other text.
@@ -141,13 +169,24 @@ def parse_counts(flag: str, text: str) -> list[int]:
     try:
         found = sorted(int(part) for part in text.split(","))
     except ValueError:
-        found = [0]
-    if found[0] < 1 or found[-1] >= 2**31 or len({*found}) < len(found):
-        raise ValueError(f"--{flag} takes different numbers '1,2,5' of at least 1, got {text!r}")
+        found = [least - 1]
+    if found[0] < least or found[-1] >= 2**31 or len({*found}) < len(found):
+        raise ValueError(f"--{flag} takes different numbers '1,2,5' of at least {least}, got {text!r}")
     return found
 
 
 def _text(value):
+    if _is_long_range(value):
+        return f"{value[0]}:{value[-1] + 1}"
     if isinstance(value, tuple):
+        if len(value) > 4 and isinstance(value[0], float):
+            short = f"{value[0]:g}:{value[-1]:g}:{len(value)}"
+            if value[0] > 0 and common.parse_floats("", short) == [*value]:
+                return short
         return ",".join(map(_text, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _is_long_range(value):
+    long = isinstance(value, tuple) and len(value) > 20 and isinstance(value[0], int)
+    return long and value == tuple(range(value[0], value[0] + len(value)))

@@ -7,8 +7,10 @@ import tempfile
 import jax
 import numpy as np
 import pytest
+import quick
 from jaxtyping import install_import_hook
 
+quick.set_environment()
 jax.config.update("jax_num_cpu_devices", 2)
 
 # A shell lets what it starts in the background ignore SIGINT; so would the processes that tests interrupt.
@@ -22,10 +24,23 @@ def pytest_configure(config):
         folder = tempfile.TemporaryDirectory()
         config.add_cleanup(folder.cleanup)
         os.environ["XDG_CACHE_HOME"] = folder.name
+    quick.use()
 
 
 with install_import_hook("bnjax", "beartype.beartype"):
     import bnjax
+    from bnjax import compilation
+    from bnjax.sweeps import program
+
+
+@pytest.fixture(scope="module")
+def as_users_compile():
+    """The programs of sweeps and probes as users compile them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compilation, "CPU_OPTIONS", quick.as_users())
+        program.compiled.cache_clear()
+        yield
+    program.compiled.cache_clear()
 
 
 @pytest.fixture

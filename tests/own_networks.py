@@ -168,11 +168,7 @@ NETWORKS = {
         "layers/0/weight layers/0/norm layers/0/activation layers/1/weight",
         "layers/1/weight",
         ("layers/0/weight",),
-        {
-            "layers/0/weight": "layers/0/bias",
-            "layers/0/norm": "norm/bias",
-            "layers/1/weight": "layers/1/bias",
-        },
+        {"layers/0/weight": "layers/0/bias", "layers/0/norm": "norm/bias", "layers/1/weight": "layers/1/bias"},
     ),
     "plain JAX": Expected(
         (plain_init, plain_apply),

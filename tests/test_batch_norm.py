@@ -377,11 +377,7 @@ class TestRunningStatistics:
     @pytest.mark.parametrize("std", [1e-2, 1e-4, 1e-8, 1e-15])
     @pytest.mark.parametrize(
         "options",
-        [
-            {"momentum": 0.0},
-            {"momentum": None},
-            *({"momentum": m, "debias": True} for m in (0.5, 0.9, 0.999)),
-        ],
+        [{"momentum": 0.0}, {"momentum": None}, *({"momentum": m, "debias": True} for m in (0.5, 0.9, 0.999))],
     )
     def test_nothing_is_left_of_what_has_no_weight(self, options, std):
         """The first batch's variance, however small beside the initial 1."""
@@ -468,11 +464,7 @@ class TestRunningStatistics:
     @pytest.mark.parametrize(
         ("data", "param", "with_x64"),
         [(d, p, False) for d in ("float16", "float32") for p in ("bfloat16", "float32")]
-        + [
-            (d, p, True)
-            for d in ("float16", "float32", "float64")
-            for p in ("bfloat16", "float32", "float64")
-        ],
+        + [(d, p, True) for d in ("float16", "float32", "float64") for p in ("bfloat16", "float32", "float64")],
     )
     def test_structure_and_dtypes_stay_the_same_in_a_scan(self, data, param, with_x64):
         with jax.enable_x64(with_x64):
@@ -492,9 +484,7 @@ class TestRunningStatistics:
         params = BatchNormParams(jnp.array([2.0, -1.0, 0.0]), jnp.ones(3))
         stats = self.run()
         x = self.batches[0]
-        gradient = jax.grad(lambda x: batch_norm.apply(params, stats, x, train=False, epsilon=0.1)[0].sum())(
-            x
-        )
+        gradient = jax.grad(lambda x: batch_norm.apply(params, stats, x, train=False, epsilon=0.1)[0].sum())(x)
         expected = params.scale / np.sqrt(stats.var + 0.1)
         np.testing.assert_allclose(gradient, np.broadcast_to(expected, (8, 3)), rtol=1e-6)
 
@@ -608,18 +598,14 @@ class TestAxisName:
 
     parts = np.asarray(draw((4, 6, 3), mean=100.0), np.float32)
     weights = np.asarray(draw((4, 6, 3), seed=1), np.float32)
-    masks = np.array([[1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]], bool)[
-        ..., None
-    ]
+    masks = np.array([[1, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 0], [0, 0, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]], bool)[..., None]
 
     def layer(self, x, mask, weights, axis_name=None):
         """The output, the updated statistics, and the gradient to x, scale and bias of sum(weights * y)."""
         params, stats = BatchNormParams(jnp.array([2.0, -1.0, 0.5]), jnp.ones(3)), batch_norm.init(3)[1]
 
         def apply(x, params):
-            return batch_norm.apply(
-                params, stats, x, train=True, mask=mask, axis_name=axis_name, unbiased=True
-            )
+            return batch_norm.apply(params, stats, x, train=True, mask=mask, axis_name=axis_name, unbiased=True)
 
         y, pullback, stats = jax.vjp(apply, x, params, has_aux=True)
         return y, stats, *pullback(weights)
@@ -640,9 +626,7 @@ class TestAxisName:
     def test_vmap(self, masked):
         filled = np.where(self.masks, self.parts, np.nan) if masked else self.parts
         mapped = jax.vmap(
-            partial(self.layer, axis_name="parts"),
-            in_axes=(0, 0 if masked else None, 0),
-            axis_name="parts",
+            partial(self.layer, axis_name="parts"), in_axes=(0, 0 if masked else None, 0), axis_name="parts"
         )
         self.check(jax.jit(mapped)(filled, self.masks if masked else None, self.weights), masked)
 
@@ -664,11 +648,7 @@ class TestAxisName:
 
     @pytest.mark.parametrize("magnitude", [1e30, 1e-30])
     def test_any_magnitude(self, magnitude):
-        x = (
-            (self.parts - 100)
-            * np.float32(magnitude)
-            * np.array([1, 1e-3, 1, 1e-6], np.float32)[:, None, None]
-        )
+        x = (self.parts - 100) * np.float32(magnitude) * np.array([1, 1e-3, 1, 1e-6], np.float32)[:, None, None]
         y = jax.vmap(lambda x: batch_norm.normalize(x, 0.0, axis_name="p"), axis_name="p")(x)
         assert distance(np.reshape(y, (24, 3)), exact(x.reshape(24, 3), 0.0)[0]) < 1e-6
 
@@ -721,11 +701,7 @@ PARAMS, STATS = batch_norm.init(3)
     [
         (lambda: batch_norm.init(0), ValueError, "num_features must be at least 1, got 0"),
         (lambda: batch_norm.normalize(jnp.ones((4, 3), int)), TypeError, "floating point, got int32"),
-        (
-            lambda: batch_norm.normalize(jnp.ones((4, 3)), -1.0),
-            ValueError,
-            "epsilon must be >= 0 and finite, got -1.0",
-        ),
+        (lambda: batch_norm.normalize(jnp.ones((4, 3)), -1.0), ValueError, "epsilon must be >= 0 and finite, got -1.0"),
         (lambda: batch_norm.normalize(jnp.ones((4, 3)), axis=2), ValueError, r"axis .* \(4, 3\), got 2"),
         (
             lambda: batch_norm.normalize(jnp.ones((4, 3)), mask=np.ones((5, 1), bool)),
@@ -738,9 +714,7 @@ PARAMS, STATS = batch_norm.init(3)
             r"scale has shape \(3,\), but x \(4, 2\)",
         ),
         (
-            lambda: batch_norm.apply(
-                PARAMS, BatchStats(jnp.ones(1), jnp.ones(3), 0), jnp.ones((4, 3)), train=True
-            ),
+            lambda: batch_norm.apply(PARAMS, BatchStats(jnp.ones(1), jnp.ones(3), 0), jnp.ones((4, 3)), train=True),
             ValueError,
             r"mean has shape \(1,\)",
         ),
@@ -761,27 +735,19 @@ PARAMS, STATS = batch_norm.init(3)
             r"mask \(4,\) must broadcast to \(4, 1\)",
         ),
         (lambda: batch_norm.init(3, "int32"), TypeError, "dtype must be floating point, got int32"),
-        (
-            lambda: batch_norm.normalize(jnp.ones((4, 3)), jnp.ones(3)),
-            ValueError,
-            r"epsilon must be a scalar",
-        ),
+        (lambda: batch_norm.normalize(jnp.ones((4, 3)), jnp.ones(3)), ValueError, r"epsilon must be a scalar"),
         (
             lambda: jax.jit(batch_norm.normalize)(jnp.ones((4, 3)), jnp.ones((4, 1))),
             ValueError,
             r"epsilon must be a scalar, got shape \(4, 1\)",
         ),
         (
-            lambda: batch_norm.apply(
-                PARAMS, STATS._replace(count=np.ones(3, int)), jnp.ones((4, 3)), train=True
-            ),
+            lambda: batch_norm.apply(PARAMS, STATS._replace(count=np.ones(3, int)), jnp.ones((4, 3)), train=True),
             ValueError,
             "count must be a scalar",
         ),
         (
-            lambda: batch_norm.apply(
-                PARAMS, STATS._replace(var=jnp.ones(3, int)), jnp.ones((4, 3)), train=True
-            ),
+            lambda: batch_norm.apply(PARAMS, STATS._replace(var=jnp.ones(3, int)), jnp.ones((4, 3)), train=True),
             TypeError,
             "the running var must be floating point, got int32",
         ),

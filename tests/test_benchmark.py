@@ -67,9 +67,7 @@ def reference(model, params, batch_stats, batches):
 def assert_close(found, expected):
     """To 1e-5 of the largest entry of each array."""
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(b).max())),
-        found,
-        expected,
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * max(1, np.abs(b).max())), found, expected
     )
 
 
@@ -91,9 +89,7 @@ class TestSameWork:
         layers = tuple(map(str, range(len(jax.tree.leaves(params)))))
         probe = bnjax.Probe(lambda snapshot: {"digest": digest(snapshot.params)}, layers)
         config = bnjax.TrainConfig(steps=1, batch_size=len(x))  # one batch of all: its order does not matter
-        results = bnjax.sweep(
-            model, bnjax.Dataset(x, y, x, y), config, {"seed": [0]}, probe=probe, progress=False
-        )
+        results = bnjax.sweep(model, bnjax.Dataset(x, y, x, y), config, {"seed": [0]}, probe=probe, progress=False)
         losses, params, _ = reference(model, params, batch_stats, [(x, y)])
         np.testing.assert_allclose(results.train_loss.values.ravel(), losses, rtol=1e-5)
         assert_close(results.digest.sel(seed=0).values[-1], np.asarray(digest(params)))
@@ -225,14 +221,7 @@ class TestTables:
 
     def test_speeds(self):
         figures = tables.speeds(made_up(), ["torch"])
-        assert figures.header == [
-            "",
-            "bnjax.sweep",
-            "evaluated 4 times",
-            "products alone",
-            "Flax",
-            "PyTorch eager",
-        ]
+        assert figures.header == ["", "bnjax.sweep", "evaluated 4 times", "products alone", "Flax", "PyTorch eager"]
         assert figures.rows[0][1:] == ["12.0\n(width 16)", "6.00", "16.0", "10.0", "not installed"]
 
     def test_verdicts(self):
@@ -281,8 +270,7 @@ class TestTables:
         assert text == "**T**\n\n|  | a |\n| --- | ---: |\n| x | 1 [2] |\n"
 
     @pytest.mark.parametrize(
-        ("value", "text"),
-        [(1234.5, "1,230"), (99.96, "100.0"), (0.01234, "0.0123"), (float("nan"), "-"), (0, "-")],
+        ("value", "text"), [(1234.5, "1,230"), (99.96, "100.0"), (0.01234, "0.0123"), (float("nan"), "-"), (0, "-")]
     )
     def test_three_digits(self, value, text):
         assert tables.three_digits(value) == text
@@ -330,10 +318,7 @@ class TestMain:
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            (
-                {"workloads": "64-32x3"},
-                r"unknown name in --workloads '64-32x3' \(did you mean '64-32x3-10'\?\)",
-            ),
+            ({"workloads": "64-32x3"}, r"unknown name in --workloads '64-32x3' \(did you mean '64-32x3-10'\?\)"),
             ({"workloads": "64-32x3-10,64-32x3-10"}, "--workloads has a name twice"),
             ({"peers": "flx"}, r"did you mean 'flax'\?.*torch_vmap"),
             ({"growth_cells": "64,0"}, "--growth_cells takes numbers"),

@@ -313,8 +313,7 @@ class TestUseCache:
         assert files(folder) == []
 
     @pytest.mark.parametrize(
-        ("name", "value"),
-        [("jax_compilation_cache_dir", ""), ("jax_compilation_cache_max_size", 10**9)],
+        ("name", "value"), [("jax_compilation_cache_dir", ""), ("jax_compilation_cache_max_size", 10**9)]
     )
     def test_a_users_settings_are_left(self, pristine, tmp_path, name, value):
         own = of_jax.get_file_cache
@@ -425,9 +424,7 @@ def start(folder, programs=1, die=0):
     """A process that runs so many programs with the folder, and is killed in its `die`-th write, if it is not 0."""
     command = [sys.executable, "-W", "error", __file__, str(folder), str(programs), str(die)]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, **streams
-    )
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, **streams)
 
 
 def ended(process):

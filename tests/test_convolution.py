@@ -128,9 +128,7 @@ def check_any(case):
 
 
 test_any_convolution = settings(max_examples=6, deadline=None)(given(convolutions())(check_any))
-test_many_convolutions = pytest.mark.slow(
-    settings(max_examples=100, deadline=None)(given(convolutions())(check_any))
-)
+test_many_convolutions = pytest.mark.slow(settings(max_examples=100, deadline=None)(given(convolutions())(check_any)))
 
 
 @pytest.mark.usefixtures("x64")

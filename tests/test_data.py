@@ -235,9 +235,7 @@ def test_statistics_are_those_of_the_training_examples_used(mini, per):
     x = mini["train_x"][:300].astype(np.float64)
     mean, std = x.mean(axis), x.std(axis)
     with np.errstate(invalid="ignore", divide="ignore"):
-        expected = [
-            np.where(std > 0, (mini[n][:k] - mean) / std, 0) for n, k in (("train_x", 300), ("test_x", None))
-        ]
+        expected = [np.where(std > 0, (mini[n][:k] - mean) / std, 0) for n, k in (("train_x", 300), ("test_x", None))]
     np.testing.assert_allclose(ds.train_x, expected[0], rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(ds.test_x, expected[1], rtol=1e-6, atol=1e-7)
     np.testing.assert_array_equal(ds.train_y, mini["train_y"][:300])
@@ -264,13 +262,9 @@ def test_all_training_examples_are_allowed():
 
 
 def test_unknown_names():
-    with pytest.raises(
-        ValueError, match=r"'fashion-mnist' \(did you mean 'fashion_mnist'\?\).*mnist, cifar10"
-    ):
+    with pytest.raises(ValueError, match=r"'fashion-mnist' \(did you mean 'fashion_mnist'\?\).*mnist, cifar10"):
         data.load("fashion-mnist")
-    with pytest.raises(
-        ValueError, match=r"'features' \(did you mean 'feature'\?\); allowed: dataset, feature"
-    ):
+    with pytest.raises(ValueError, match=r"'features' \(did you mean 'feature'\?\); allowed: dataset, feature"):
         data.load(standardize="features")
     assert (embedded.NAME, *builders.SOURCES) == data.NAMES
 
@@ -320,13 +314,7 @@ def test_inputs_of_any_kind_are_left_alone():
     before = x.copy()
     expected = data.standardize(own(x))
     np.testing.assert_array_equal(x, before)
-    for other in (
-        jnp.asarray(x),
-        x.astype(bool) * 1,
-        jnp.asarray(x, jnp.bfloat16),
-        np.asfortranarray(x),
-        x.tolist(),
-    ):
+    for other in (jnp.asarray(x), x.astype(bool) * 1, jnp.asarray(x, jnp.bfloat16), np.asfortranarray(x), x.tolist()):
         ds = data.standardize(own(other))
         assert ds.train_x.dtype == np.float32
     np.testing.assert_array_equal(data.standardize(own(jnp.asarray(x))).train_x, expected.train_x)
@@ -336,10 +324,7 @@ def test_inputs_of_any_kind_are_left_alone():
 @pytest.mark.parametrize(
     ("ds", "message"),
     [
-        (
-            own(np.ones((3, 2)))._replace(train_y=np.zeros(2, int)),
-            r"train_x has shape \(3, 2\) and train_y \(2,\)",
-        ),
+        (own(np.ones((3, 2)))._replace(train_y=np.zeros(2, int)), r"train_x has shape \(3, 2\) and train_y \(2,\)"),
         (own(np.ones((3, 2)), np.ones((3, 4))), r"\(2,\) in train_x but \(4,\) in test_x"),
         (own(np.ones((0, 2))), "no training examples"),
         (own(np.array([[1.0], [np.nan]])), "train_x: .* not finite"),
@@ -403,16 +388,12 @@ def test_sources_agree_with_tfds(tmp_path):
 def test_prepared_copy_is_an_ordinary_tfds_data_set(tmp_path, mnist):
     arrays, folder = mnist
     data.load("mnist", data_dir=tmp_path / "cache", manual_dir=folder)
-    records = builders.tfds.builder_from_directory(tmp_path / "cache" / "mnist" / "3.0.1").as_data_source(
-        "test"
-    )
+    records = builders.tfds.builder_from_directory(tmp_path / "cache" / "mnist" / "3.0.1").as_data_source("test")
     np.testing.assert_array_equal([record["label"] for record in records], arrays.test_y)
     np.testing.assert_array_equal(records[3]["image"], arrays.test_x[3])
 
 
-@pytest.mark.parametrize(
-    "damage", [flip, lambda c: c[:-5], lambda c: b"", lambda c: b"<html>not found</html>"]
-)
+@pytest.mark.parametrize("damage", [flip, lambda c: c[:-5], lambda c: b"", lambda c: b"<html>not found</html>"])
 @pytest.mark.parametrize("declared", ["before", "after"])
 def test_damaged_archive(tmp_path, mnist, monkeypatch, damage, declared):
     _, folder = mnist
@@ -449,9 +430,7 @@ def test_number_of_examples_is_checked(tmp_path, mnist, monkeypatch, split, numb
     _, folder = mnist
     right = builders.SOURCES["mnist"]
     declare(monkeypatch, "mnist", folder, num_examples={**SMALL, split: number})
-    with pytest.raises(
-        OSError, match=rf"mnist declares {number} {split} examples, but {SMALL[split]} images"
-    ):
+    with pytest.raises(OSError, match=rf"mnist declares {number} {split} examples, but {SMALL[split]} images"):
         data.load("mnist", data_dir=tmp_path / "cache", manual_dir=folder)
     wrong, builders.SOURCES["mnist"] = builders.SOURCES["mnist"], right
     data.load("mnist", data_dir=tmp_path / "cache", manual_dir=folder)

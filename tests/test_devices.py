@@ -87,10 +87,7 @@ def compute(path):
     multihost_utils.sync_global_devices("saved")
 
 
-@pytest.mark.parametrize(
-    ("processes", "devices_each"),
-    [(1, 4), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("processes", "devices_each"), [(1, 4), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_shared_statistics_are_those_of_the_whole_batch(processes, devices_each, tmp_path):
     """1e-5: some ten roundings of float32, at 1 / sigma and weights near 1."""
     with socket.socket() as s:

@@ -139,9 +139,7 @@ def test_one_is_killed_and_another_number_goes_on(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize(
-    ("fault", "words", "done"), [("odd", "has others than process 0", 0), ("full", "no room", 6)]
-)
+@pytest.mark.parametrize(("fault", "words", "done"), [("odd", "has others than process 0", 0), ("full", "no room", 6)])
 def test_one_fails_and_all_end(tmp_path, fault, which, words, done):
     """None waits for ever, each says what happened, the others' shares are stored, and the same job goes on."""
     path, said = tmp_path / "r.zarr", []

@@ -1,7 +1,5 @@
 """The short experiments' main runs at a tiny size, and what they refuse."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
@@ -51,8 +49,7 @@ class TestBenchmark:
         """They are timed on the same task: outputs, statistics and gradients to float32's rounding."""
         arguments = benchmark.problem((64, 8), 1)
         expected, *others = (
-            jax.tree.leaves(jax.jit(benchmark.both_passes(layer))(*arguments))
-            for layer in benchmark.layers().values()
+            jax.tree.leaves(jax.jit(benchmark.both_passes(layer))(*arguments)) for layer in benchmark.layers().values()
         )
         assert len(others) == 3
         for found in others:
@@ -65,8 +62,7 @@ class TestBenchmark:
             main("benchmark", shapes=shape)
 
     @pytest.mark.parametrize(
-        "options",
-        [{"shapes": f"4x{2**31}"}, {"rounds": 2**31}, {"workloads": "all", "growth_cells": f"1,{2**31}"}],
+        "options", [{"shapes": f"4x{2**31}"}, {"rounds": 2**31}, {"workloads": "all", "growth_cells": f"1,{2**31}"}]
     )
     def test_too_large(self, main, tmp_path, options):
         flag = [*options][-1]
@@ -81,15 +77,6 @@ class TestBenchmark:
 
 class TestJacobianCheck:
     @pytest.mark.slow
-    def test_main(self, main, capsys):
-        folder = main("jacobian_check", samples=5, masked=1, operator_samples=100)
-        printed = capsys.readouterr().out
-        errors = re.findall(r"│\s+(\S+e-\d+) │\s+(\S+e-\d+) │", printed)
-        assert len(errors) == 8
-        assert all(float(double) < 1e-13 and float(single) < 1e-5 for double, single in errors)
-        assert (folder / "jacobian.png").stat().st_size > 10_000
-
-    @pytest.mark.slow
     def test_a_wrong_closed_form_is_found(self, main, monkeypatch):
         right = batch_norm.standardize
 
@@ -98,14 +85,15 @@ class TestJacobianCheck:
             return x_hat, inv_sigma * 1.001
 
         monkeypatch.setattr(batch_norm, "standardize", wrong)
-        with pytest.raises(SystemExit, match="differs from autodiff"):
-            main("jacobian_check", samples=5, operator_samples=100)
+        with pytest.raises(SystemExit, match="jacobian must hold, but: The closed forms"):
+            main("jacobian_check.__main__", samples=5, operator_samples=100)
 
     @pytest.mark.parametrize(
         ("options", "words"),
         [
-            ({"samples": 4, "masked": 4}, "--masked=4 leaves none of --samples=4"),
-            ({"activation": "tan"}, "tanh"),
+            ({"samples": 4, "masked": 4}, "--masked leaves none of --samples=4, got 4"),
+            ({"samples": 0}, "--samples must be at least 1"),
+            ({"activation": "tan"}, "--activation must be one of .*tanh"),
             ({"epsilon": 0}, "--epsilon must be above 0"),
             ({"std": 0}, "--std must be above 0"),
             ({"scale": "nan"}, "--scale must be finite"),
@@ -114,4 +102,4 @@ class TestJacobianCheck:
     )
     def test_bad_flags(self, main, options, words):
         with pytest.raises(SystemExit, match=words):
-            main("jacobian_check", **options)
+            main("jacobian_check.__main__", **options)

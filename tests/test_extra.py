@@ -132,9 +132,7 @@ def test_make_train(blobs):
     train = jax.jit(bnjax.make_train((init, apply), CONFIG))
     one, two = (train(hyper(gain=gain), blobs).train_loss for gain in (1.0, 2.0))
     assert one != two
-    gradient = jax.grad(
-        lambda gain: bnjax.make_train((init, apply), CONFIG)(hyper(gain=gain), blobs).test_loss[-1]
-    )
+    gradient = jax.grad(lambda gain: bnjax.make_train((init, apply), CONFIG)(hyper(gain=gain), blobs).test_loss[-1])
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         gradient(1.0)
 
@@ -152,9 +150,7 @@ def test_probes(blobs):
         return extra["gain"] * optax.softmax_cross_entropy_with_integer_labels(outputs, targets).mean()
 
     weights = probes.weights(model, (12,), batch_size=32, extra={"gain": 1.0}, loss=loss)
-    assert (
-        sweep(model, blobs, {"gain": [0.5]}, hyper=hyper(gain=1.0), probe=weights).gradient_norm > 0
-    ).all()
+    assert (sweep(model, blobs, {"gain": [0.5]}, hyper=hyper(gain=1.0), probe=weights).gradient_norm > 0).all()
 
 
 def test_other_names_are_other_results(blobs, tmp_path):
@@ -175,9 +171,7 @@ def test_other_names_are_other_results(blobs, tmp_path):
 
 def test_what_a_probe_measures_has_the_type_of_a_run(blobs):
     """And may be called like a hyperparameter in a part."""
-    probe = bnjax.Probe(
-        lambda s: {"cell size": s.hyper.extra["gain"], "half": jnp.float16(2) * s.hyper.extra["gain"]}
-    )
+    probe = bnjax.Probe(lambda s: {"cell size": s.hyper.extra["gain"], "half": jnp.float16(2) * s.hyper.extra["gain"]})
     found = sweep((init, apply), blobs, {"gain": [0.5]}, hyper=hyper(gain=1), probe=probe)
     np.testing.assert_array_equal(found["cell size"].values.ravel(), [0.5, 0.5])
     assert "done" not in found
@@ -235,12 +229,7 @@ def test_describe():
 @pytest.mark.parametrize(
     ("network", "axes", "extra", "message"),
     [
-        (
-            "mlp",
-            {},
-            {"gain": 1.0},
-            r"nothing reads \['gain'\] in extra: neither a network, nor the loss",
-        ),
+        ("mlp", {}, {"gain": 1.0}, r"nothing reads \['gain'\] in extra: neither a network, nor the loss"),
         ("own", {}, {"gain": 1.0, "gian": 2.0}, r"nothing reads \['gian'\] in extra"),
         ("own", {}, {"gian": 2.0}, r"extra\['gain'\] is asked for; Hyperparams.extra has \['gian'\]"),
         ("own", {}, {}, r"extra\['gain'\] is asked for; Hyperparams.extra has \[\]"),
@@ -254,13 +243,7 @@ def test_describe():
 def test_refused(blobs, network, axes, extra, message, tmp_path):
     model = bnjax.mlp((8,), 4) if network == "mlp" else (init, apply)
     with pytest.raises(ValueError, match=message):
-        sweep(
-            model,
-            blobs,
-            axes or {"seed": [0]},
-            hyper=bnjax.Hyperparams(extra=extra),
-            path=tmp_path / "results",
-        )
+        sweep(model, blobs, axes or {"seed": [0]}, hyper=bnjax.Hyperparams(extra=extra), path=tmp_path / "results")
     assert not any(tmp_path.iterdir())
 
 

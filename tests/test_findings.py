@@ -116,7 +116,6 @@ def test_verdicts(checks, expected):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({}, "needs one of below, above and within, got \\[\\]"),
         ({"below": 1, "above": 0}, "got \\['below', 'above'\\]"),
         ({"below": 1, "holds": "most"}, "holds must be one of median, all, interval, got 'most'"),
         ({"below": 1, "value": []}, "'it is' has no value"),
@@ -125,3 +124,12 @@ def test_verdicts(checks, expected):
 def test_refused(given, message):
     with pytest.raises(ValueError, match=message):
         Check(**{"statement": "it is", "value": 1.0} | given)
+
+
+def test_without_a_bound_it_is_reported_and_decides_nothing():
+    beside = Check("how many", [3, 4, 5])
+    assert (beside.status, beside.bound, beside.measured) == ("", "", "4 [3, 5]")
+    assert beside.as_json()["bound"] is beside.as_json()["holds"] is None
+    assert verdict(Finding("", checks=[beside])) == "not judged"
+    assert verdict(Finding("", checks=[beside, Check("small", 1, below=2)])) == "supported"
+    assert verdict(Finding("", checks=[beside, Check("small", 3, below=2)])) == "not supported"

@@ -41,24 +41,19 @@ def main(data_dir, tmp_path):
     """Runs the experiment in this process, with flags over the tiny ones; the output folder is tmp_path/out."""
 
     def call(**options):
-        scripts.run(
-            "init_robustness", **(TINY | {"data_dir": data_dir, "out": str(tmp_path / "out")} | options)
-        )
+        scripts.run("init_robustness", **(TINY | {"data_dir": data_dir, "out": str(tmp_path / "out")} | options))
 
     return call
 
 
 @pytest.mark.parametrize(
-    ("text", "values"),
-    [("0.1,1,10", [0.1, 1, 10]), ("1e-4:1e4:5", [1e-4, 1e-2, 1, 1e2, 1e4]), ("3", [3])],
+    ("text", "values"), [("0.1,1,10", [0.1, 1, 10]), ("1e-4:1e4:5", [1e-4, 1e-2, 1, 1e2, 1e4]), ("3", [3])]
 )
 def test_scales_as_text(text, values):
     assert common.parse_floats("init_scales", text) == values
 
 
-@pytest.mark.parametrize(
-    "text", ["", "1,", "1:2", "1:2:3:4", "2:1:3", "0:1:3", "1:2:1", "a", "1:inf:3", "1:2:2.5"]
-)
+@pytest.mark.parametrize("text", ["", "1,", "1:2", "1:2:3:4", "2:1:3", "0:1:3", "1:2:1", "a", "1:inf:3", "1:2:2.5"])
 def test_malformed_scales(text):
     with pytest.raises(ValueError, match=r"--init_scales.*" + re.escape(repr(text))):
         common.parse_floats("init_scales", text)
@@ -79,15 +74,7 @@ def test_whole_run(main, tmp_path, capsys):
     main()
     out = capsys.readouterr().out
     table = out[: out.index("figure: ")]
-    for words in (
-        "Robust range",
-        "70%",
-        "80%",
-        "90%",
-        "95%",
-        "no BN: best median",
-        "BN, hidden frozen: best",
-    ):
+    for words in ("Robust range", "70%", "80%", "90%", "95%", "no BN: best median", "BN, hidden frozen: best"):
         assert words in table
     assert "Baseline of BN; no BN: BN, hidden frozen." in table
     assert max(map(len, table.splitlines())) <= 80
@@ -139,10 +126,7 @@ def flagged():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            {},
-            "1 hidden layer of 8, relu, BN before activation, he_normal, sgd, learning rate 0.1, momentum 0.9, ",
-        ),
+        ({}, "1 hidden layer of 8, relu, BN before activation, he_normal, sgd, learning rate 0.1, momentum 0.9, "),
         ({"depth": 2}, "2 hidden layers of 8"),
         ({"optimizer": "adam"}, "adam, learning rate 0.1"),
         ({"learning_rates": "1,0.01,0.1"}, "learning rate 0.01 to 1 (best of 3 per scale)"),
@@ -161,12 +145,7 @@ def test_the_title_tells_runs_apart(flagged, options, words):
 
 def test_best_rates_in_words(flagged):
     """Of rates 0.01 and 0.1; where the best is no more than 5 points above guessing, none."""
-    dims = {
-        "model": ["BN", "no BN"],
-        "init_scale": [1e-4, 1.0, 10.0, 100.0],
-        "learning_rate": [0.01, 0.1],
-        "seed": [0],
-    }
+    dims = {"model": ["BN", "no BN"], "init_scale": [1e-4, 1.0, 10.0, 100.0], "learning_rate": [0.01, 0.1], "seed": [0]}
     low, high = [[0.8, 0.7, 0.1, 0.15], [0.1, 0.1, 0.1, 0.1]], [[0.7, 0.6, 0.3, 0.14], [0.1, 0.9, 0.1, 0.1]]
     accuracy = xr.DataArray(np.stack([low, high], -1)[..., None], dims)
     module = flagged()
@@ -182,9 +161,7 @@ def test_report_of_several_learning_rates(flagged, tmp_path, capsys):
     """A map beside the curve, each network's width, 80 columns."""
     names = ["BN", "no BN", "BN, hidden frozen"]
     dims = {"model": names, "seed": [0, 1], "init_scale": [0.01, 1.0, 100.0], "learning_rate": [0.01, 0.1]}
-    accuracy = xr.DataArray(np.linspace(0.1, 0.9, 36).reshape(3, 2, 3, 2), dims).expand_dims(
-        step=[15], axis=-1
-    )
+    accuracy = xr.DataArray(np.linspace(0.1, 0.9, 36).reshape(3, 2, 3, 2), dims).expand_dims(step=[15], axis=-1)
     plans = {name: {"width": 16 if name == "no BN" else 8, "devices": 2} for name in names}
     results = xr.Dataset(
         {"test_accuracy": accuracy, "diverged": accuracy.isel(step=0, drop=True) < 0},
@@ -194,18 +171,13 @@ def test_report_of_several_learning_rates(flagged, tmp_path, capsys):
     module.report(results, tmp_path / "results.zarr")
     out = capsys.readouterr().out
     pictures = [tmp_path / name for name in ("accuracy.png", "rates.png")]
-    assert [line for line in out.splitlines() if "figure" in line] == [
-        f"figure:   {path}" for path in pictures
-    ]
+    assert [line for line in out.splitlines() if "figure" in line] == [f"figure:   {path}" for path in pictures]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in pictures)
     table = out[: out.index("figure: ")]
     assert "Each scale has its best learning_rate" in table
     assert "Learning rate of the best median" in table
     assert max(map(len, table.splitlines())) <= 80
-    assert (
-        "plan:     BN; BN, hidden frozen: width 8 on 2 devices\nplan:     no BN: width 16 on 2 devices\n"
-        in out
-    )
+    assert "plan:     BN; BN, hidden frozen: width 8 on 2 devices\nplan:     no BN: width 16 on 2 devices\n" in out
 
 
 def test_other_results_are_refused_unless_they_may_be_replaced(main, tmp_path):
@@ -247,21 +219,13 @@ def test_a_figure_of_others_stays(main, tmp_path, capsys):
 
 
 def test_a_bucket_is_no_folder(main):
-    with pytest.raises(
-        SystemExit, match=r"--out=gs:/b/x must be a local folder \(bnjax.sweep takes a bucket"
-    ):
+    with pytest.raises(SystemExit, match=r"--out=gs:/b/x must be a local folder \(bnjax.sweep takes a bucket"):
         main(out="gs://b/x")
 
 
 @pytest.mark.slow
 def test_learning_rates_and_initializers(main, capsys, tmp_path):
-    main(
-        learning_rates="0.01,0.1",
-        initializers="he_normal,orthogonal",
-        norms="batch",
-        seeds="3:4",
-        activation="tanh",
-    )
+    main(learning_rates="0.01,0.1", initializers="he_normal,orthogonal", norms="batch", seeds="3:4", activation="tanh")
     out = capsys.readouterr().out
     assert "Learning rate of the best median" in out
     assert (tmp_path / "out" / "rates.png").exists()
@@ -357,9 +321,7 @@ def test_status(main, tmp_path, capsys):
 @pytest.mark.slow
 def test_interrupt_ends_the_process_promptly(tmp_path, data_dir):
     """While the first chunk, of many minutes, is running."""
-    flags = [
-        f"--{name}={value}" for name, value in (TINY | {"steps": 10_000_000, "data_dir": data_dir}).items()
-    ]
+    flags = [f"--{name}={value}" for name, value in (TINY | {"steps": 10_000_000, "data_dir": data_dir}).items()]
     command = [sys.executable, "-m", "experiments.init_robustness", *flags, f"--out={tmp_path / 'out'}"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     time.sleep(15)

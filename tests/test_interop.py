@@ -167,9 +167,7 @@ def test_flax_layer(x64, use_scale, use_bias):
     identical((params, stats), to_from_flax.from_flax(freeze(variables), stats.count))
     found, (*outputs, to_params, to_x) = course(ours(momentum=0.7, epsilon=1e-3), params, stats, x)
     expected = course(flaxs(layer), *collections(variables), x)
-    found, to_params = (
-        collections(to_from_flax.to_flax(*pair)) for pair in [(params, found), (to_params, stats)]
-    )
+    found, to_params = (collections(to_from_flax.to_flax(*pair)) for pair in [(params, found), (to_params, stats)])
     close((found[1], (*outputs, to_params[0], to_x)), expected)
 
 
@@ -185,8 +183,7 @@ def test_flax_layer_continues_a_cumulative_average_only_with_its_count():
 
 @pytest.mark.parametrize(
     ("options", "freeze_hidden"),
-    [(NETWORKS[0], True)]
-    + [pytest.param(NETWORKS[i], False, marks=pytest.mark.slow) for i in (0, 1, 2, 3, 4)],
+    [(NETWORKS[0], True)] + [pytest.param(NETWORKS[i], False, marks=pytest.mark.slow) for i in (0, 1, 2, 3, 4)],
     ids=str,
 )
 def test_flax_mlp(x64, options, freeze_hidden):
@@ -201,9 +198,7 @@ def test_flax_mlp(x64, options, freeze_hidden):
     identical((params, stats), to_from_flax.mlp_from_flax(model, freeze(variables), count=3))
 
     found, (*outputs, to_params, to_x) = course(ours(model), params, stats, x)
-    expected, (*expected_outputs, expected_to_params, expected_to_x) = course(
-        flaxs(net), *collections(variables), x
-    )
+    expected, (*expected_outputs, expected_to_params, expected_to_x) = course(flaxs(net), *collections(variables), x)
     close((*outputs, to_x), (*expected_outputs, expected_to_x))
     close(collections(to_from_flax.mlp_to_flax(model, params, found))[1], expected)
     # One gradient, not a stack of them, has the shapes of params.
@@ -221,9 +216,7 @@ def test_flax_mlp_in_float32_and_under_jit():
     variables = jax.jit(partial(to_from_flax.mlp_to_flax, model))(params, stats)
     identical(jax.jit(partial(to_from_flax.mlp_from_flax, model))(variables, 3), (params, stats))
     found, (*outputs, _, _) = course(ours(model), params, stats, x)
-    expected, (*expected_outputs, _, _) = course(
-        flaxs(Net((5, 4), 3, NETWORKS[0])), *collections(variables), x
-    )
+    expected, (*expected_outputs, _, _) = course(flaxs(Net((5, 4), 3, NETWORKS[0])), *collections(variables), x)
     close(outputs, expected_outputs)
     close(to_from_flax.mlp_to_flax(model, params, found)["batch_stats"], expected)
 
@@ -267,10 +260,7 @@ def golden(case, folder=None):
 def test_torch_layer(x64, case):
     """Outputs in both modes, and running statistics over several steps with unbiased variances."""
     record, before = golden(case), golden(case, "before")
-    options = {
-        **TORCH_LAYERS[case],
-        "momentum": to_from_torch.momentum_from_torch(TORCH_LAYERS[case]["momentum"]),
-    }
+    options = {**TORCH_LAYERS[case], "momentum": to_from_torch.momentum_from_torch(TORCH_LAYERS[case]["momentum"])}
     params, stats = to_from_torch.from_torch(before)
     assert (params.scale is None) == (case == "layer_not_affine")
     assert (params.bias is None) == (case in ("layer_not_affine", "layer_no_bias"))
@@ -287,11 +277,7 @@ def test_torch_layer(x64, case):
 @pytest.mark.parametrize(
     ("case", "freeze_hidden"),
     [("relu_before", True), ("gelu_after_no_bias", False)]
-    + [
-        pytest.param(case, False, marks=pytest.mark.slow)
-        for case in TORCH_MLPS
-        if case != "gelu_after_no_bias"
-    ],
+    + [pytest.param(case, False, marks=pytest.mark.slow) for case in TORCH_MLPS if case != "gelu_after_no_bias"],
 )
 def test_torch_mlp(x64, case, freeze_hidden):
     """A round trip, outputs in both modes before and after training, statistics, gradients."""
@@ -300,9 +286,7 @@ def test_torch_mlp(x64, case, freeze_hidden):
     params, stats = to_from_torch.mlp_from_torch(model, before)
     assert ("kernel" in params["hidden_0"]) == (not freeze_hidden)
     identical(to_from_torch.mlp_to_torch(model, params, stats), before)
-    running, (evaluated, trained, gradients, _) = course(
-        ours(model), params, stats, record["x"], loss=jnp.square
-    )
+    running, (evaluated, trained, gradients, _) = course(ours(model), params, stats, record["x"], loss=jnp.square)
     close((evaluated[0], trained), (record["eval_before"], record["train"]))
     gradient = jax.tree.map(lambda g: g.sum(0), gradients)
     found = to_from_torch.mlp_to_torch(model, gradient, stats)
@@ -430,9 +414,7 @@ def flat_state():
             "missing 3.weight; unexpected extra",
         ),
         (
-            lambda: to_from_torch.mlp_from_torch(
-                MODEL, edited(flat_state(), **{"3.weight": np.ones((5, 4))})
-            ),
+            lambda: to_from_torch.mlp_from_torch(MODEL, edited(flat_state(), **{"3.weight": np.ones((5, 4))})),
             r"3.weight has shape \(5, 4\), expected \(4, 5\)",
         ),
         (lambda: to_from_torch.mlp_to_torch(bnjax.Model(None, None), {}, {}), "must come from bnjax.mlp"),
@@ -546,9 +528,7 @@ def train(net, variables, x, y, steps):
     @jax.jit
     def step(params, batch_stats, state):
         def loss(params):
-            logits, new = net.apply(
-                {"params": params, "batch_stats": batch_stats}, x, True, mutable=["batch_stats"]
-            )
+            logits, new = net.apply({"params": params, "batch_stats": batch_stats}, x, True, mutable=["batch_stats"])
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
             return losses.mean(), new["batch_stats"]
 
@@ -622,8 +602,7 @@ def test_linen_axis_name(shape):
     identical(ours.init(jax.random.key(0), x[0]), variables)
     variables = moved(variables)
     (y, mine), (expected, new) = (
-        jax.vmap(partial(m.apply, variables, mutable=["batch_stats"]), axis_name="batch")(x)
-        for m in (ours, theirs)
+        jax.vmap(partial(m.apply, variables, mutable=["batch_stats"]), axis_name="batch")(x) for m in (ours, theirs)
     )
     close(y, expected)
     close(mine, new)

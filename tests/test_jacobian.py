@@ -38,9 +38,7 @@ def batches(draw):
     Few shapes, since each is compiled.
     """
     n, c = draw(st.sampled_from([(1, 1), (2, 2), (3, 1), (7, 2), (12, 3)]))
-    x = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).normal(
-        draw(st.floats(-9, 9)), 1.5, size=(n, c)
-    )
+    x = np.random.default_rng(draw(st.integers(0, 2**32 - 1))).normal(draw(st.floats(-9, 9)), 1.5, size=(n, c))
     constant = draw(st.booleans())
     if constant:
         x[:, 0] = draw(st.sampled_from([0.0, 0.1, -7e3]))
@@ -144,9 +142,7 @@ def test_parameters():
     rng = np.random.default_rng(0)
     x, mask = rng.normal(size=(7, 3)), np.arange(7)[:, None] != 2
     params, (_, stats) = BatchNormParams(rng.normal(size=3), rng.normal(size=3)), batch_norm.init(3, x.dtype)
-    autodiff = jax.jacrev(lambda p: batch_norm.apply(p, stats, x, train=True, epsilon=0.1, mask=mask)[0])(
-        params
-    )
+    autodiff = jax.jacrev(lambda p: batch_norm.apply(p, stats, x, train=True, epsilon=0.1, mask=mask)[0])(params)
     found = jacobian.parameters(x, 0.1, mask)
     for a, f in zip(autodiff, found, strict=True):
         np.testing.assert_allclose(jnp.einsum("icd->ic", a), f, atol=1e-14)

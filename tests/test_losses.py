@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import bnjax
-from bnjax import training
+from bnjax import losses
 
 MODEL = bnjax.mlp((8,), 4)
 CONFIG = bnjax.TrainConfig(steps=3, batch_size=32, eval_every=1)
@@ -85,7 +85,7 @@ def test_targets_of_floats_in_a_sweep(blobs, tmp_path):
 
 def doubled(scale):
     """Losses that differ in what they close over alone: their names are the same."""
-    return lambda outputs, targets: scale * training.cross_entropy(outputs, targets)
+    return lambda outputs, targets: scale * losses.cross_entropy(outputs, targets)
 
 
 def with_momentum(value):
@@ -119,10 +119,7 @@ def test_stored_results_tell_functions_apart_by_what_they_compute(blobs, tmp_pat
         ({"loss": lambda outputs, targets: outputs}, r"loss must return a scalar.*got ShapeDtypeStruct"),
         ({"loss": lambda outputs, targets: (outputs.sum(), 1)}, "loss must return a scalar"),
         ({"loss": lambda outputs, targets: targets.sum()}, "loss must return a scalar"),
-        (
-            {"optimizer": lambda hyper: hyper.learning_rate},
-            "optimizer must return an optax transformation, got float",
-        ),
+        ({"optimizer": lambda hyper: hyper.learning_rate}, "optimizer must return an optax transformation, got float"),
     ],
 )
 def test_refused(blobs, options, message, tmp_path):
@@ -138,17 +135,9 @@ def test_refused(blobs, options, message, tmp_path):
 @pytest.mark.parametrize(
     ("change", "loss", "message"),
     [
-        (
-            lambda y: y.astype(np.float32),
-            "squared",
-            r"train targets must be \[N, 4\], as the outputs; got \[256\]",
-        ),
+        (lambda y: y.astype(np.float32), "squared", r"train targets must be \[N, 4\], as the outputs; got \[256\]"),
         (lambda y: np.eye(3, dtype=np.float32)[y % 3], "squared", r"must be \[N, 4\].*got \[256, 3\]"),
-        (
-            lambda y: np.eye(4, dtype=np.float32)[y],
-            "cross_entropy",
-            "train labels must be integers, got float32",
-        ),
+        (lambda y: np.eye(4, dtype=np.float32)[y], "cross_entropy", "train labels must be integers, got float32"),
         (lambda y: np.eye(4, dtype=np.int32)[y], "squared", r"train labels must be \[N\], got \[256, 4\]"),
     ],
 )
@@ -161,4 +150,4 @@ def test_targets_that_do_not_fit(blobs, change, loss, message):
 
 def test_labels_as_targets_are_one_hot():
     outputs, labels = jnp.array([[0.2, 0.8], [0.5, 0.5]]), jnp.array([1, 0])
-    assert training.squared(outputs, labels) == pytest.approx((0.04 + 0.04 + 0.25 + 0.25) / 4)
+    assert losses.squared(outputs, labels) == pytest.approx((0.04 + 0.04 + 0.25 + 0.25) / 4)

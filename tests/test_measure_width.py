@@ -122,17 +122,13 @@ def test_groups_that_are_half_empty_cost_as_much(cells, width):
 
 
 def test_rounds_that_say_nothing_do_not_count():
-    speeds = xr.DataArray(
-        [[100.0, np.nan, 101.0], [90.0, 92.0, np.nan]], {"width": [1, 2]}, ("width", "round")
-    )
+    speeds = xr.DataArray([[100.0, np.nan, 101.0], [90.0, 92.0, np.nan]], {"width": [1, 2]}, ("width", "round"))
     assert measure_width.best(1 / speeds) == 1
     assert np.isnan(measure_width.speed(lambda width, cells, steps: 1.0, 1, 2, 64))
 
 
 def test_the_table_fits_into_80_columns(capsys):
-    speeds = xr.DataArray(
-        [[123456.0, 123789.0], [98765.0, 99999.0]], {"width": [8, 4096]}, ("width", "round")
-    )
+    speeds = xr.DataArray([[123456.0, 123789.0], [98765.0, 99999.0]], {"width": [8, 4096]}, ("width", "round"))
     table = measure_width.table("BN, hidden frozen, he_normal", speeds, 3e9 / speeds, MANY, 3000)
     Console(width=80).print(table)
     out = capsys.readouterr().out
@@ -144,9 +140,7 @@ def test_the_table_fits_into_80_columns(capsys):
 def test_a_network_that_diverges_is_not_measured(blobs):
     model = bnjax.mlp((4,), 4, norm="none")
     infinite = model._replace(init=lambda *a: jax.tree.map(lambda v: v + np.inf, model.init(*a)))
-    run = measure_width.timed_sweep(
-        infinite, blobs, bnjax.TrainConfig(1, 8), bnjax.Hyperparams(), jax.devices()
-    )
+    run = measure_width.timed_sweep(infinite, blobs, bnjax.TrainConfig(1, 8), bnjax.Hyperparams(), jax.devices())
     with pytest.raises(ValueError, match="diverges at its first steps"):
         run(1, 2, 3)
 

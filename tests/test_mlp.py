@@ -75,12 +75,7 @@ def kernels(model, init_scale=1.0):
 
 def test_same_draw_whatever_the_norm_its_position_and_freezing():
     expected = kernels(bnjax.mlp((5, 4), 3, norm="none"))
-    for options in (
-        {},
-        {"norm_position": "after_activation"},
-        {"freeze_hidden": True},
-        {"activation": "tanh"},
-    ):
+    for options in ({}, {"norm_position": "after_activation"}, {"freeze_hidden": True}, {"activation": "tanh"}):
         found = kernels(bnjax.mlp((5, 4), 3, **options))
         assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, expected))
 
@@ -155,9 +150,7 @@ class TestLayers:
         offset shows in its own intermediate and in no earlier one."""
         with jax.enable_x64(True):
             model = bnjax.mlp((5, 4), 3, "tanh", norm_position=position)
-            params, stats, x = jax.tree.map(
-                lambda a: a.astype(jnp.float64), (*model.init(KEY, SHAPE, 1.0), X)
-            )
+            params, stats, x = jax.tree.map(lambda a: a.astype(jnp.float64), (*model.init(KEY, SHAPE, 1.0), X))
             layers = jax.jit(lambda offsets: model.layers(params, stats, x, offsets, train=True))
             _, base = layers({})
             names = list(model.layers(params, stats, x, {}, train=True)[1])  # jit has sorted those of `base`
@@ -168,9 +161,7 @@ class TestLayers:
                 np.testing.assert_allclose(shown[name] - value, 1e-6 * direction, atol=1e-14)
                 assert all((shown[earlier] == base[earlier]).all() for earlier in names[:i])
                 _, derivative = jax.jvp(lambda d, n=name: layers({n: d})[0], (0 * direction,), (direction,))
-                np.testing.assert_allclose(
-                    (outputs - base["output"]) / 1e-6, derivative, rtol=1e-4, atol=1e-4
-                )
+                np.testing.assert_allclose((outputs - base["output"]) / 1e-6, derivative, rtol=1e-4, atol=1e-4)
                 assert jnp.abs(derivative).max() > 1e-3
 
     def test_unknown_offset(self):
@@ -198,10 +189,7 @@ def test_no_hidden_layer_is_a_linear_classifier():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (
-            {"activation": "rlu"},
-            r"unknown activation 'rlu' \(did you mean 'relu'\?\); allowed: relu, leaky_relu",
-        ),
+        ({"activation": "rlu"}, r"unknown activation 'rlu' \(did you mean 'relu'\?\); allowed: relu, leaky_relu"),
         ({"activation": "swish"}, r"unknown activation 'swish' \(did you mean 'silu'\?\); allowed: relu, "),
         ({"norm": "layer"}, "unknown norm 'layer'.*allowed: batch, none"),
         ({"norm_position": "before"}, "unknown norm_position 'before'"),

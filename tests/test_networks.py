@@ -25,8 +25,7 @@ from bnjax.interop import nnx as from_nnx
 every = pytest.mark.parametrize("name", NETWORKS)
 # Those whose programs take seconds to compile are slow.
 some = pytest.mark.parametrize(
-    "name",
-    [n if n in ("plain JAX", "Equinox MLP") else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS],
+    "name", [n if n in ("plain JAX", "Equinox MLP") else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS]
 )
 
 
@@ -83,9 +82,7 @@ def test_what_is_scaled(name):
     hidden = {*expected.parts.split()} & {*leaves(params)} - {expected.readout}
     for path, value in leaves(params).items():
         factor = 100 if path in hidden else 1
-        np.testing.assert_allclose(
-            np.linalg.norm(leaves(scaled)[path]), factor * np.linalg.norm(value), rtol=1e-5
-        )
+        np.testing.assert_allclose(np.linalg.norm(leaves(scaled)[path]), factor * np.linalg.norm(value), rtol=1e-5)
 
     @jax.jit
     def outputs(params):
@@ -153,9 +150,7 @@ def test_gradients(x64, name, train):
     (to_params, to_offsets), _ = jax.grad(both, (0, 1), has_aux=True)(params, offsets)
     reference = leaves(jax.grad(by_hand)(params))
     for path, gradient in leaves(to_params).items():
-        np.testing.assert_allclose(
-            gradient, reference[path], atol=1e-9 * np.abs(reference[path]).max() + 1e-12
-        )
+        np.testing.assert_allclose(gradient, reference[path], atol=1e-9 * np.abs(reference[path]).max() + 1e-12)
     for part, bias in expected.biases.items():
         summed = to_offsets[part].sum(tuple(range(to_offsets[part].ndim - reference[bias].ndim)))
         np.testing.assert_allclose(summed, reference[bias], atol=1e-9 * np.abs(reference[bias]).max() + 1e-12)
@@ -228,9 +223,7 @@ def test_linen_networks_in_a_sweep():
     found = sweep(models, {"seed": [0, 1], "init_scale": [1.0, 100.0]})
     assert np.isfinite(found.train_loss.sel(init_scale=1.0)).all()
     (alone,) = sweep(models["transformer"], {"seed": [1]}).train_loss.values
-    np.testing.assert_allclose(
-        found.train_loss.sel(model="transformer", seed=1, init_scale=1.0), alone, rtol=1e-5
-    )
+    np.testing.assert_allclose(found.train_loss.sel(model="transformer", seed=1, init_scale=1.0), alone, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["Equinox MLP", "NNX CNN"])
@@ -260,9 +253,7 @@ class Sized(nnx.Module):
 def test_seeds_of_an_instance_that_cannot_be_drawn_anew():
     mlp = eqx.nn.MLP(64, 10, 6, 1, key=jax.random.key(0))
     for network in (Sized(6, nnx.Rngs(0)), eqx.nn.Sequential([eqx.nn.Lambda(jnp.ravel), mlp])):
-        with pytest.raises(
-            ValueError, match=r"seed is swept, but the network does not draw.*lambda rngs: Net"
-        ):
+        with pytest.raises(ValueError, match=r"seed is swept, but the network does not draw.*lambda rngs: Net"):
             sweep(network, {"seed": [0, 1]})
     assert from_nnx.drawn_anew(Sized(6, nnx.Rngs(0))) is None
     found = sweep(from_nnx.as_model(lambda rngs: Sized(6, rngs)), {"seed": [0, 1]})
@@ -340,9 +331,7 @@ def test_tokens():
     """
     rng = np.random.default_rng(0)
     x, y = rng.integers(20, size=(64, 5)), rng.integers(10, size=64)
-    ds = bnjax.Dataset(
-        x.astype(np.int32), y.astype(np.int32), x[:20].astype(np.int32), y[:20].astype(np.int32)
-    )
+    ds = bnjax.Dataset(x.astype(np.int32), y.astype(np.int32), x[:20].astype(np.int32), y[:20].astype(np.int32))
     found = sweep(Tokens(), {"init_scale": [1.0, 10.0]}, ds)
     assert np.isfinite(found.train_loss).all()
     assert found.attrs["kernels"][""] == {
@@ -407,18 +396,10 @@ class Two(nn.Module):
         ("net", {}, r"a network must be a bnjax.Model, .*; got str 'net'"),
         (None, {}, "got NoneType None"),
         ((1, 2), {}, "got tuple"),
-        (
-            Linear(),
-            {"init_scale": [0.1, 1.0]},
-            r"init_scale has nothing to multiply in the network:(?s:.)*readout",
-        ),
+        (Linear(), {"init_scale": [0.1, 1.0]}, r"init_scale has nothing to multiply in the network:(?s:.)*readout"),
         (Flat(), {}, r"outputs must be one array \[N, K\] of floats; for N = 2 it gives .*2, 8, 8, 10"),
         (Two(), {}, r"outputs must be one array \[N, K\]"),
-        (
-            (lambda key, shape: jnp.ones((3, 3)), lambda params, x: x @ params),
-            {},
-            r"examples of shape \(8, 8, 1\)",
-        ),
+        ((lambda key, shape: jnp.ones((3, 3)), lambda params, x: x @ params), {}, r"examples of shape \(8, 8, 1\)"),
     ],
     ids=["text", "none", "pair", "scale", "flat", "two", "shapes"],
 )
@@ -433,9 +414,7 @@ def test_options_that_do_not_fit():
         bnjax.as_model(bnjax.mlp(), scaled=["hidden_0"])
     with pytest.raises(ValueError, match="arguments are those of a Flax network"):
         bnjax.as_model(NETWORKS["plain JAX"].network, arguments=lambda train: {})
-    with pytest.raises(
-        ValueError, match=r"init_scale=2.0 has nothing to multiply: .*Dense_0/kernel \(readout\)"
-    ):
+    with pytest.raises(ValueError, match=r"init_scale=2.0 has nothing to multiply: .*Dense_0/kernel \(readout\)"):
         bnjax.as_model(Linear()).init(jax.random.key(0), IMAGE, 2.0)
     with pytest.raises(ValueError, match="has nothing to multiply"):
         bnjax.as_model(Linear()).init(jax.random.key(0), IMAGE, jnp.float32(2))
@@ -446,9 +425,7 @@ def test_options_that_do_not_fit():
     np.testing.assert_array_equal(two["kernel"], 2 * one["kernel"])
     np.testing.assert_array_equal(two["bias"], one["bias"])
     model = bnjax.as_model(own_networks.CNN(), scaled=["Conv_0", "Conv_7"])
-    with pytest.raises(
-        ValueError, match=r"scaled has \['Conv_7'\].*Conv_0/kernel, Conv_1/kernel, Dense_0/kernel"
-    ):
+    with pytest.raises(ValueError, match=r"scaled has \['Conv_7'\].*Conv_0/kernel, Conv_1/kernel, Dense_0/kernel"):
         model.init(jax.random.key(0), IMAGE, 1.0)
 
 
@@ -500,10 +477,7 @@ def test_configs_tell_networks_apart_and_are_json():
 
     networks = [
         *(Noisy(), Noisy(0.1), nn.Sequential([nn.Dense(3), nn.relu]), nn.Sequential([nn.Dense(3), nn.silu])),
-        *(
-            Masked(m)
-            for m in (mask, other, mask.reshape(50, 100), mask.view(np.int32), jnp.asarray(other) / 2)
-        ),
+        *(Masked(m) for m in (mask, other, mask.reshape(50, 100), mask.view(np.int32), jnp.asarray(other) / 2)),
         *(NETWORKS[name].network for name in ("plain JAX", "NNX CNN", "Equinox MLP")),
     ]
     texts = [json.dumps(bnjax.as_model(network).config) for network in networks]

@@ -155,9 +155,7 @@ def onnxruntime_session(dtype, rank, train, momentum, epsilon):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3  # it warns, needlessly, that running statistics are outputs
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 @hypothesis.settings(max_examples=25, deadline=None)  # compiling takes longer than any deadline
@@ -211,18 +209,8 @@ FLAX_CASES = {  # shape, axis, shape of the mask, options of their layers
         None,
         {"momentum": 0.9, "epsilon": 1e-3, "use_bias": False, "use_fast_variance": False},
     ),
-    "NCHW, no scale, mask": (
-        (4, 3, 5, 2),
-        1,
-        (4, 1, 5, 2),
-        {"momentum": 0.5, "epsilon": 0.1, "use_scale": False},
-    ),
-    "two axes": (
-        (6, 2, 4, 3),
-        (1, 3),
-        None,
-        {"momentum": 0.0, "epsilon": 1e-5, "use_scale": False, "use_bias": False},
-    ),
+    "NCHW, no scale, mask": ((4, 3, 5, 2), 1, (4, 1, 5, 2), {"momentum": 0.5, "epsilon": 0.1, "use_scale": False}),
+    "two axes": ((6, 2, 4, 3), (1, 3), None, {"momentum": 0.0, "epsilon": 1e-5, "use_scale": False, "use_bias": False}),
 }
 STEPS = 20
 
@@ -266,10 +254,7 @@ def flax_inputs(case, dtype):
     batches, scale, bias, mean, var, weights = (
         a.astype(dtype) for a in (batches, scale, bias, mean, np.square(var) + 0.1, weights)
     )
-    params = (
-        scale if options.get("use_scale", True) else None,
-        bias if options.get("use_bias", True) else None,
-    )
+    params = (scale if options.get("use_scale", True) else None, bias if options.get("use_bias", True) else None)
     return params, (mean, var), batches, weights, mask
 
 
@@ -303,9 +288,7 @@ def linen_layer(case):
             "params": {k: v for k, v in zip(("scale", "bias"), params, strict=True) if v is not None},
             "batch_stats": dict(zip(("mean", "var"), stats, strict=True)),
         }
-        y, updated = module.apply(
-            variables, x, use_running_average=not train, mask=mask, mutable=["batch_stats"]
-        )
+        y, updated = module.apply(variables, x, use_running_average=not train, mask=mask, mutable=["batch_stats"])
         return y, (updated["batch_stats"]["mean"], updated["batch_stats"]["var"])
 
     return layer
@@ -474,9 +457,7 @@ def test_torch_sample(case):
     train, epsilon = case.get("training", False), case.get("eps", 1e-5)
     momentum = 1 - case.get("momentum", 0.1)
     with jax.enable_x64(case["dtype"] == "float64"):
-        run = functools.partial(
-            gradients_and_products, sum_of_cosines, params, stats, x, epsilon, None, train=train
-        )
+        run = functools.partial(gradients_and_products, sum_of_cosines, params, stats, x, epsilon, None, train=train)
         if x.ndim == 1:
             # Without a channel axis, theirs returns what is empty as it is; ours takes it for a mistake.
             assert x.size == 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import scripts
 import xarray as xr
+from absl import flags
 from matplotlib.figure import Figure
 
 import bnjax
@@ -18,10 +19,6 @@ from experiments import common
 SCRIPTS = {
     "benchmark": ("compare_layers", ["results.zarr", "speed.png", "speed.md"]),
     "bn_conformance": ("measure", ["conformance.md"]),
-    "gradient_flow": ("measure", ["results.zarr", "layers.png", "scales.png"]),
-    "jacobian_check": ("draw", ["jacobian.png"]),
-    "mean_field": ("growth_part", ["results.zarr", "growth.png", "epsilon.png"]),
-    "scale_laws": ("measurements", ["results.zarr", "scale_laws.png"]),
     "why_robust": ("pooled", ["frozen.zarr", "depth.zarr", "depth.png"]),
 }
 SWEEP = Path(__file__).parents[1] / "docs" / "results" / "relu.zarr"
@@ -62,25 +59,23 @@ def tree(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        found[name] = (
-            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
-        )
+        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
     return found
 
 
 @pytest.fixture
 def script():
     """The flags of a script, which its command is made of."""
-    module = scripts.load("scale_laws")
-    module.FLAGS(["scale_laws.py", "--width=8"])
-    yield module.SCRIPT
-    module.FLAGS.unparse_flags()
+    scripts.load("scale_laws.__main__")
+    flags.FLAGS(["scale_laws.py", "--width=8"])
+    yield "scale_laws"
+    flags.FLAGS.unparse_flags()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_refused_before_any_work(name, monkeypatch, tmp_path):
     work, outputs = SCRIPTS[name]
-    module = scripts.load(name)
+    module = scripts.load(f"{name}.__main__")
     monkeypatch.setattr(module, work, lambda *_: pytest.fail("work was started"))
     monkeypatch.setattr(scripts, "load", lambda _: module)
     for number, make in enumerate(OTHERS.values()):
@@ -92,7 +87,7 @@ def test_refused_before_any_work(name, monkeypatch, tmp_path):
             words = rf"error: --out={folder} holds \.?{output}.*, .*; experiments\.{name} replaces only what it made"
             for options in [{}, {"overwrite": True}] if name == "benchmark" else [{}]:
                 with pytest.raises(SystemExit, match=words):
-                    scripts.run(name, out=str(folder), **options)
+                    scripts.run(f"{name}.__main__", out=str(folder), **options)
             assert tree(folder) == before
 
 

@@ -35,13 +35,7 @@ class TestBySize:
     # 3 times the parameters' bytes in 5 MiB, at most 16; or in 2 GiB, at most 256
     @pytest.mark.parametrize(
         ("features", "cpu", "gpu"),
-        [
-            ((8,), 16, 256),
-            ((100,) * 3, 4, 256),
-            ((128,) * 3, 2, 256),
-            ((512,) * 3, 1, 128),
-            ((4096,) * 3, 1, 4),
-        ],
+        [((8,), 16, 256), ((100,) * 3, 4, 256), ((128,) * 3, 2, 256), ((512,) * 3, 1, 128), ((4096,) * 3, 1, 4)],
     )
     def test_widths(self, features, cpu, gpu):
         model, parameters = bnjax.mlp(features), 784 * features[0] + 10 * features[-1] + 10
@@ -123,11 +117,7 @@ class TestFitting:
     @pytest.mark.parametrize(
         ("each", "may_change", "words"),
         [
-            (
-                2**28,
-                False,
-                "width 16 on 2 devices needs 4.00 GiB of memory.* there are 1.00 GiB: use a smaller",
-            ),
+            (2**28, False, "width 16 on 2 devices needs 4.00 GiB of memory.* there are 1.00 GiB: use a smaller"),
             (2**31, True, "width 1 on 2 devices needs 2.00 GiB of memory, and there are 1.00 GiB$"),
         ],
     )
@@ -211,9 +201,7 @@ class TestMemory:
         monkeypatch.setattr(plan, "CONTAINER_LIMITS", limits)
         assert plan.memory(jax.devices()) == 2**27
 
-    @pytest.mark.parametrize(
-        ("stats", "expected"), [({"bytes_limit": 5}, 10), ({}, math.inf), (None, math.inf)]
-    )
+    @pytest.mark.parametrize(("stats", "expected"), [({"bytes_limit": 5}, 10), ({}, math.inf), (None, math.inf)])
     def test_of_accelerators(self, stats, expected):
         device = mock.Mock(spec=jax.Device, platform="gpu")
         device.memory_stats.return_value = stats

@@ -71,8 +71,7 @@ MORE = (("relu", "batch"), ("sigmoid", "batch"), ("tanh", "batch"), ("tanh", "no
 
 class TestSignals:
     @pytest.mark.parametrize(
-        ("activation", "norm"),
-        [("relu", "none"), *(pytest.param(*p, marks=pytest.mark.slow) for p in MORE)],
+        ("activation", "norm"), [("relu", "none"), *(pytest.param(*p, marks=pytest.mark.slow) for p in MORE)]
     )
     def test_against_numpy(self, x64, norm, activation):
         model, params, stats, x = network(norm, activation, init_scale=4.0)
@@ -138,9 +137,7 @@ class TestSignals:
     def test_evaluation_mode_uses_the_running_statistics(self, x64):
         model, params, stats, x = network()
         found = signals(model, params, stats, x, train=False)
-        z = (
-            np.asarray(x) @ np.asarray(params["hidden_0"]["kernel"]) / np.sqrt(1 + 1e-5)
-        )  # of mean 0 and var 1
+        z = np.asarray(x) @ np.asarray(params["hidden_0"]["kernel"]) / np.sqrt(1 + 1e-5)  # of mean 0 and var 1
         np.testing.assert_allclose(found["hidden_0/norm"].spread, np.sqrt(z.var(0).mean()), rtol=1e-12)
 
 
@@ -182,11 +179,7 @@ class TestGradients:
             ("before_activation", True),
             *(
                 pytest.param(*p, marks=pytest.mark.slow)
-                for p in (
-                    ("before_activation", False),
-                    ("after_activation", False),
-                    ("after_activation", True),
-                )
+                for p in (("before_activation", False), ("after_activation", False), ("after_activation", True))
             ),
         ],
     )
@@ -242,10 +235,7 @@ class TestGradients:
 
     @pytest.mark.parametrize(
         ("activation", "threshold"),
-        [
-            pytest.param("tanh", np.sqrt(5e-6), marks=pytest.mark.slow),
-            ("relu", np.sqrt(1e-5 / (1 - 1 / np.pi))),
-        ],
+        [pytest.param("tanh", np.sqrt(5e-6), marks=pytest.mark.slow), ("relu", np.sqrt(1e-5 / (1 - 1 / np.pi)))],
     )
     def test_eight_decades_of_scale(self, activation, threshold):
         """With BN the weights' gradient falls with the scale, the norm's stays.
@@ -304,9 +294,7 @@ class TestSingularValues:
     def test_from_the_input_to_the_output_in_evaluation_mode(self, x64):
         """Where examples are apart, each has a Jacobian of its own."""
         model, params, stats, x = network()
-        alone = jax.jit(
-            jax.vmap(jax.jacrev(lambda x: model.apply(params, stats, x[None], train=False)[0][0]))
-        )(x)
+        alone = jax.jit(jax.vmap(jax.jacrev(lambda x: model.apply(params, stats, x[None], train=False)[0][0])))(x)
         expected = np.sort(np.linalg.svd(alone, compute_uv=False).ravel())[::-1]
         found = singular_values(model, params, stats, x, None, "output", train=False)
         np.testing.assert_allclose(found, expected, rtol=1e-10)
@@ -335,18 +323,8 @@ class TestErrors:
         ("source", "target", "options", "words"),
         [
             ("hidden_0/activation", "hidden_9/norm", {}, r"unknown target 'hidden_9/norm' \(did you mean"),
-            (
-                "hidden",
-                "output",
-                {},
-                "unknown source 'hidden'.*allowed: hidden_0/preactivation, hidden_0/norm",
-            ),
-            (
-                "output",
-                "hidden_0/norm",
-                {},
-                "'hidden_0/norm' comes before source 'output'; the order is hidden_0",
-            ),
+            ("hidden", "output", {}, "unknown source 'hidden'.*allowed: hidden_0/preactivation, hidden_0/norm"),
+            ("output", "hidden_0/norm", {}, "'hidden_0/norm' comes before source 'output'; the order is hidden_0"),
             (None, "output", {"num": 8}, "5 num less than 36, got 8"),
             (None, "output", {"num": 0}, "num must be at least 1"),
         ],
@@ -438,9 +416,7 @@ class TestProbesOfRuns:
         found = jax.jit(probe.measure)(snapshot)
         assert probe.layers == ("hidden_0", "output")
         expected = gradients(full, *now, blobs.train_x[:64], self.loss(blobs)).weights
-        np.testing.assert_allclose(
-            found["gradient_norm"], [expected[name] for name in probe.layers], rtol=1e-5
-        )
+        np.testing.assert_allclose(found["gradient_norm"], [expected[name] for name in probe.layers], rtol=1e-5)
         matrices, initial = probes.kernels(*now), probes.kernels(*start)
         for i, name in enumerate(probe.layers):
             a, b = np.asarray(matrices[name], np.float64), np.asarray(initial[name], np.float64)
@@ -483,8 +459,7 @@ class TestAUsersModel:
 
         dims = ("NHWC", "HWIO", "NHWC")
         z = show(
-            "map",
-            jax.lax.conv_general_dilated(x, params["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=dims),
+            "map", jax.lax.conv_general_dilated(x, params["conv"]["kernel"], (1, 1), "SAME", dimension_numbers=dims)
         )
         h = show("relu", jax.nn.relu(z))
         show("aside", jnp.tanh(h))
@@ -566,11 +541,7 @@ class TestFlax:
         """An mlp's state, and the same as a Flax network's."""
         state = self.MLP.init(jax.random.key(0), (12,), init_scale)
         variables = to_from_flax.mlp_to_flax(self.MLP, *state)
-        return (
-            state,
-            bnjax.as_model(Net(norm=norm)),
-            (variables["params"], variables["batch_stats"]),
-        )
+        return (state, bnjax.as_model(Net(norm=norm)), (variables["params"], variables["batch_stats"]))
 
     @pytest.mark.parametrize(
         ("norm", "train"),
@@ -600,10 +571,7 @@ class TestFlax:
         np.testing.assert_allclose([*flaxs.weights.values()], [*ours.weights.values()], rtol=1e-4)
 
     def same_signals(self, state, model, theirs, x, train):
-        ours, flaxs = (
-            signals(self.MLP, *state, x, train=train),
-            signals(model, *theirs, x, train=train),
-        )
+        ours, flaxs = (signals(self.MLP, *state, x, train=train), signals(model, *theirs, x, train=train))
         assert set(flaxs) == {NAMES[name] for name in ours}
         for name, signal in ours.items():
             np.testing.assert_allclose(flaxs[NAMES[name]], signal, rtol=1e-4, atol=1e-5)

@@ -26,6 +26,7 @@ ORDER = [
     "tables",
     "findings",
     "compilation",
+    "losses",
     "convolution",
     "dataflow",
     "tracing",
@@ -41,7 +42,9 @@ ORDER = [
     "interop.equinox",
     "interop.torch",
     "networks",
+    "theory.quadrature",
     "theory.mean_field",
+    "theory.order_chaos",
     "theory.random_matrices",
     "theory",
     "probes",
@@ -117,9 +120,7 @@ def test_direction_of_imports(path):
 def test_importing_the_library_imports_nothing_heavy_or_optional():
     code = "import sys, bnjax; print(*{m.partition('.')[0] for m in sys.modules})"
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).split()
-    assert not {"tensorflow_datasets", "array_record", "matplotlib", "flax", "equinox", "absl"} & {
-        *loaded
-    } - {
+    assert not {"tensorflow_datasets", "array_record", "matplotlib", "flax", "equinox", "absl"} & {*loaded} - {
         "absl"  # jax's own dependencies may import it
     }
 
@@ -142,25 +143,11 @@ def test_the_citation_is_of_this_version():
 def test_wheel_holds_the_package_and_its_data_and_nothing_else(tmp_path):
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "results", "__pycache__")
     shutil.copytree(ROOT, tmp_path / "source", ignore=ignored)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "-w",
-        tmp_path,
-        tmp_path / "source",
-    ]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, tmp_path / "source"]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {
-        "bnjax/data/fashion_mnist_mini.npz",
-        "bnjax/data/FASHION_MNIST_LICENSE",
-        "bnjax/models/mlp.py",
-    } <= names
+    assert {"bnjax/data/fashion_mnist_mini.npz", "bnjax/data/FASHION_MNIST_LICENSE", "bnjax/models/mlp.py"} <= names
     assert {name.partition("/")[0].split("-")[0] for name in names} == {"bnjax"}
 
 
@@ -170,8 +157,7 @@ def snippets(text):
 
 # data.md's needs files of the user's.
 @pytest.mark.parametrize(
-    "page",
-    ["batch_norm.md", *(pytest.param(p, marks=pytest.mark.slow) for p in ("sweeps.md", "own_network.md"))],
+    "page", ["batch_norm.md", *(pytest.param(p, marks=pytest.mark.slow) for p in ("sweeps.md", "own_network.md"))]
 )
 def test_snippets_of_the_docs(page, tmp_path, monkeypatch, capsys):
     """Their own assertions say what is to hold; one that prints a table is followed by that table."""
@@ -183,9 +169,7 @@ def test_snippets_of_the_docs(page, tmp_path, monkeypatch, capsys):
         exec(compile(snippet, page, "exec"), names)
     printed = capsys.readouterr().out
     assert names
-    for table in re.findall(
-        r"```\n(.*?)```", re.sub(r"```[a-z]+\n.*?```", "", text, flags=re.DOTALL), re.DOTALL
-    ):
+    for table in re.findall(r"```\n(.*?)```", re.sub(r"```[a-z]+\n.*?```", "", text, flags=re.DOTALL), re.DOTALL):
         assert table.strip() in printed or page != "own_network.md"
 
 
@@ -226,9 +210,7 @@ def test_sweeping_a_users_own_network_takes_at_most_ten_lines():
 def readme_rows():
     """(activation, network, threshold, decades) for each figure of the README's table of ranges."""
     (table,) = re.findall(r"\| network \| q = 0.7 .*?\n\n", README, re.DOTALL)
-    header, _, *rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()
-    ]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()]
     for label, *cells in rows:
         activation, network = label.split(", ", 1)
         for title, cell in zip(header[1:], cells, strict=True):
@@ -242,9 +224,7 @@ def test_readme_table_is_the_stored_result(activation, network, threshold, cell)
     found = robustness.summarize(accuracy, [threshold])[network][threshold]
 
     def text(r):
-        return (
-            "-" if r.decades != r.decades else f"{'≥ ' if r.open_low or r.open_high else ''}{r.decades:.1f}"
-        )
+        return "-" if r.decades != r.decades else f"{'≥ ' if r.open_low or r.open_high else ''}{r.decades:.1f}"
 
     assert cell == f"{text(found.range)} [{text(found.interval[0])}, {text(found.interval[1])}]"
 

@@ -16,11 +16,7 @@ def test_the_edge_is_the_growth_of_the_moments(num_factors):
         math.lgamma((num_factors + 1) * k + 1)
         - math.lgamma(k + 1)
         - math.lgamma(num_factors * k + 2)
-        - (
-            math.lgamma((num_factors + 1) * (k - 1) + 1)
-            - math.lgamma(k)
-            - math.lgamma(num_factors * (k - 1) + 2)
-        )
+        - (math.lgamma((num_factors + 1) * (k - 1) + 1) - math.lgamma(k) - math.lgamma(num_factors * (k - 1) + 2))
     )
     edge = random_matrices.largest_singular_value(num_factors) ** 2
     assert growth * (1 + 1.5 / k) == pytest.approx(edge, rel=1e-5)

@@ -223,9 +223,7 @@ def test_an_interval_in_words(low, high, text):
     assert robustness._interval_text(low, high) == text
 
 
-@pytest.mark.parametrize(
-    ("scale", "text"), [(1, "1"), (0.0316, "0.0316"), (1e-4, "1e-4"), (3.16e4, "3.16e4")]
-)
+@pytest.mark.parametrize(("scale", "text"), [(1, "1"), (0.0316, "0.0316"), (1e-4, "1e-4"), (3.16e4, "3.16e4")])
 def test_scale_text(scale, text):
     assert robustness.scale_text(scale) == text
 
@@ -238,8 +236,7 @@ def test_the_table_fits_into_80_columns():
     accuracy[0, ::2], accuracy[:, 4:], accuracy[1, :, 0] = GOOD, GOOD, BAD
     accuracy[0, 5:30:3] = BAD
     swept = xr.Dataset(
-        {"test_accuracy": (("model", "init_scale", "seed"), accuracy)},
-        {"model": [name, "b"], "init_scale": scales},
+        {"test_accuracy": (("model", "init_scale", "seed"), accuracy)}, {"model": [name, "b"], "init_scale": scales}
     )
     found = bnjax.robustness(swept.assign(diverged=swept.test_accuracy < 0), baselines={name: "b", "b": name})
     lines = str(found).splitlines()
@@ -267,10 +264,7 @@ def test_the_html_says_what_the_text_says():
         ({"baselines": {"a": "c"}}, r"baselines must name networks, of \['a', 'b'\], got 'c'"),
         ({"baselines": {"c": "a"}}, "baselines must name networks, .* got 'c'"),
         ({"chance": 10.0}, r"chance is a fraction in \[0, 1\], got 10.0"),
-        (
-            {"results": results(TWO).isel(init_scale=0)},
-            r"needs an axis init_scale; .* have \['model', 'seed'\]",
-        ),
+        ({"results": results(TWO).isel(init_scale=0)}, r"needs an axis init_scale; .* have \['model', 'seed'\]"),
         ({"results": results(TWO).drop_vars("diverged")}, "results of bnjax.sweep, these lack diverged"),
         ({"results": results(np.where(np.eye(3), TWO, np.nan))}, "not finite in 12 of 18 cells"),
     ],
@@ -321,16 +315,12 @@ def test_maps_mark_what_trains_and_the_best_rate():
     dims = {"model": list("abcd"), "learning_rate": [0.1, 1.0], "init_scale": [0.1, 1.0, 10.0]}
     values = xr.DataArray(np.arange(24.0).reshape(4, 2, 3), dims)
     best = values.idxmax("learning_rate").where(values.init_scale < 5)
-    figure = plots.maps(
-        values, "accuracy (%)", level=2, best=best, labels=("trains", "best rate"), title="A title"
-    )
+    figure = plots.maps(values, "accuracy (%)", level=2, best=best, labels=("trains", "best rate"), title="A title")
     grid = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title() for axes in grid] == [*"abcd", ""]  # the last is the bar's
     assert grid[-1].get_ylabel() == "accuracy (%)"
     assert [axes.get_ylabel() for axes in grid[:4]] == ["learning rate", "", "", "learning rate"]
-    stars, dots = (
-        {*zip(line.get_xdata().tolist(), line.get_ydata().tolist(), strict=True)} for line in grid[0].lines
-    )
+    stars, dots = ({*zip(line.get_xdata().tolist(), line.get_ydata().tolist(), strict=True)} for line in grid[0].lines)
     assert stars == {(0.1, 1.0), (1.0, 1.0)}  # not at 10, where `best` is NaN
     assert dots == {(10.0, 0.1), (0.1, 1.0), (1.0, 1.0), (10.0, 1.0)}
     (legend,) = figure.legends

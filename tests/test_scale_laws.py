@@ -1,7 +1,7 @@
 """The scale laws of batch normalization: bitwise, to rounding, over training, at a fixed epsilon; the experiment."""
 
+import dataclasses
 import functools
-import re
 
 import jax
 import numpy as np
@@ -10,33 +10,44 @@ import scripts
 import xarray as xr
 
 import bnjax
-from experiments.scaling import fixed_epsilon, laws, networks, trajectories
+from bnjax.findings import verdict
+from experiments.scale_laws import contrast, epsilon, laws, networks, one_step, rounding, trajectories
+from experiments.scale_laws.common import TINY, Settings
 
-scale_laws = scripts.load("scale_laws")
 hidden = networks.hidden
-DEPTH, WIDTH, BATCH = 3, 12, 16
+SETTINGS = Settings(depth=3, width=12, batch_size=16, seeds=(3,))
+DEPTH = SETTINGS.depth
 ALL_EXPONENTS = range(-60, 61)
 SOME_EXPONENTS = (-60, -37, -1, 1, 23, 60)
 FACTORS = (0.1, 2**0.5, 3.0, 10.0)
-TINY = {"depth": 2, "width": 8, "batch_size": 8, "steps": 24, "factors": "3", "epsilon": "0.1", "exponent": 2}
 
 
-def a_problem(dtype=np.float32, depth=DEPTH):
-    return networks.cast(networks.problem(depth, WIDTH, BATCH, seed=3), dtype)
+def a_problem(dtype=np.float32):
+    return networks.cast(networks.problem(SETTINGS, 3)._replace(seed=1), dtype)
+
+
+def layers_of_epsilon(activation):
+    return networks.layers_of_epsilon(dataclasses.replace(SETTINGS, activation=activation))
 
 
 @functools.cache  # compiled once for all tests
 def a_program(activation, epsilon=0.0, norm="batch"):
     """Of `bnjax.mlp` at epsilon 0, else of the network whose epsilon is traced."""
     if epsilon:
-        return networks.program(networks.layers_of_epsilon(activation))
-    return networks.program(networks.mlp_layers(DEPTH, WIDTH, activation, norm))
+        return networks.program(layers_of_epsilon(activation))
+    return networks.program(networks.mlp_layers(SETTINGS, activation, norm))
 
 
 @functools.cache
 def a_trainer(norm="batch"):
     activation = "relu" if norm == "batch" else "tanh"
-    return trajectories.trainer(networks.mlp_layers(DEPTH, WIDTH, activation, norm), BATCH, seed=1)
+    return trajectories.trainer(networks.mlp_layers(SETTINGS, activation, norm), SETTINGS.batch_size)
+
+
+def deviations(*args):
+    """([scaled, law, factor], [scaled, factor] crossed)."""
+    found = one_step.measure_laws(*args).isel(epsilon=0)
+    return found.deviation.values, found.crossed.values
 
 
 class TestPowersOfTwo:
@@ -44,7 +55,7 @@ class TestPowersOfTwo:
     @pytest.mark.parametrize("activation", ["relu", "tanh"])
     def test_bitwise(self, activation, epsilon):
         run = a_program(activation, epsilon)
-        found, crossed = laws.measure_laws(run, a_problem(), epsilon, [2.0**k for k in SOME_EXPONENTS])
+        found, crossed = deviations(run, a_problem(), epsilon, [2.0**k for k in SOME_EXPONENTS])
         assert found.shape == (DEPTH + 1, 4, 6)  # each layer, and all
         assert (found == 0).all()
         assert (crossed == 0).all()
@@ -54,39 +65,38 @@ class TestPowersOfTwo:
     @pytest.mark.parametrize("activation", sorted(bnjax.activations.ACTIVATIONS))
     def test_bitwise_for_every_activation_and_exponent(self, activation, epsilon):
         run = a_program(activation, epsilon)
-        found, _ = laws.measure_laws(run, a_problem(), epsilon, [2.0**k for k in ALL_EXPONENTS])
+        found, _ = deviations(run, a_problem(), epsilon, [2.0**k for k in ALL_EXPONENTS])
         assert (found == 0).all()
 
     @pytest.mark.slow
     def test_bitwise_in_float64(self, x64):
         run, p = a_program("tanh"), a_problem(np.float64)
         assert run(p, np.zeros(DEPTH)).outputs.dtype == np.float64
-        found, _ = laws.measure_laws(run, p, 0.0, [2.0**k for k in SOME_EXPONENTS])
+        found, _ = deviations(run, p, 0.0, [2.0**k for k in SOME_EXPONENTS])
         assert (found == 0).all()
 
     def test_what_float32_has_no_number_for_is_left_out(self):
         """4^k 1e-5 is subnormal from k = -55 down."""
-        found, _ = laws.measure_laws(a_program("relu", 0.1), a_problem(), 1e-5, [2.0**-54, 2.0**-55])
+        found, _ = deviations(a_program("relu", 0.1), a_problem(), 1e-5, [2.0**-54, 2.0**-55])
         assert (found[..., 0] == 0).all()
         assert np.isnan(found[..., 1]).all()
 
     @pytest.mark.parametrize("activation", ["relu", "sigmoid"])
     def test_no_law_without_normalization(self, activation):
         """The same measurement of a network without BN: none of the laws holds, in any layer."""
-        found, _ = laws.measure_laws(a_program(activation, norm="none"), a_problem(), 0.0, [2.0])
+        found, _ = deviations(a_program(activation, norm="none"), a_problem(), 0.0, [2.0])
         assert (found > 1e-3).all()
 
     def test_no_law_at_a_fixed_epsilon(self):
         """Where epsilon is not scaled along, which `mlp_layers` cannot, every law but for its last bits is lost."""
-        layers = networks.mlp_layers(DEPTH, WIDTH, "tanh", epsilon=1e-2)
-        found, _ = laws.measure_laws(networks.program(layers), a_problem(), 0.0, [0.5, 2.0])
+        layers = networks.mlp_layers(SETTINGS, "tanh", epsilon=1e-2)
+        found, _ = deviations(networks.program(layers), a_problem(), 0.0, [0.5, 2.0])
         assert (found > 1e-4).all()
 
 
 class TestOtherFactors:
     @pytest.mark.parametrize(
-        "activation",
-        ["tanh", *(pytest.param(a, marks=pytest.mark.slow) for a in ("relu", "sigmoid", "linear"))],
+        "activation", ["tanh", *(pytest.param(a, marks=pytest.mark.slow) for a in ("relu", "sigmoid", "linear"))]
     )
     def test_rounding(self, activation):
         """Two float32 evaluations, each off by its own rounding: sqrt 2 times it is expected, 4 allowed.
@@ -94,23 +104,23 @@ class TestOtherFactors:
         Seen 1.2 to 2.1 times. No sample crosses a kink for this seed.
         """
         run, p = a_program(activation), a_problem()
-        found, crossed = laws.measure_laws(run, p, 0.0, FACTORS)
-        rounding = np.array(laws.rounding_errors(run, p, 0.0))
+        found, crossed = deviations(run, p, 0.0, FACTORS)
+        error = np.array(one_step.rounding_errors(run, p, 0.0))
         assert (crossed == 0).all() or activation != "relu"
-        assert (rounding < 3e-6).all()
+        assert (error < 3e-6).all()
         assert (found > 0).any((0, 2)).all()
-        assert (found.max((0, 2)) < scale_laws.ROUNDINGS * rounding).all()
+        assert (found.max((0, 2)) < rounding.ROUNDINGS * error).all()
 
     @pytest.mark.slow
     def test_float64(self, x64):
         """The same in float64 is 2^29 times smaller."""
-        found, _ = laws.measure_laws(a_program("tanh"), a_problem(np.float64), 0.0, FACTORS)
+        found, _ = deviations(a_program("tanh"), a_problem(np.float64), 0.0, FACTORS)
         assert found.max() < 4 * 3e-6 / 2**29
 
     def test_inner_product_is_zero(self):
         """|<W, dL/dW>| / (|W| |dL/dW|): with BN rounding, without it not."""
         p = a_problem()
-        with_norm, without = (laws.cosines(a_program("tanh", norm=norm), p) for norm in ("batch", "none"))
+        with_norm, without = (contrast.cosines(a_program("tanh", norm=norm), p) for norm in ("batch", "none"))
         assert np.abs(with_norm).max() < 1e-6
         assert np.abs(without).min() > 1e-4
 
@@ -120,25 +130,23 @@ class TestOtherFactors:
     )
     def test_powers(self, activation, norm, expected):
         """Of the outputs, the gradients to a layer's input, its W, the other W; and of all, all layers scaled."""
-        found = laws.powers_of_a(a_program(activation, norm=norm), a_problem())
+        found = contrast.powers_of_a(a_program(activation, norm=norm), a_problem())
         np.testing.assert_allclose(found, np.transpose([expected, expected]), atol=1e-5)
 
     @pytest.mark.slow
     def test_sigmoid_without_normalization_has_no_power(self):
-        least, greatest = laws.powers_of_a(a_program("sigmoid", norm="none"), a_problem()).T
+        least, greatest = contrast.powers_of_a(a_program("sigmoid", norm="none"), a_problem()).T
         assert (greatest - least > 0.1).all()
 
 
 class TestNetwork:
-    @pytest.mark.parametrize(
-        "epsilon", [0.3, *(pytest.param(e, marks=pytest.mark.slow) for e in (0.0, 1e-5))]
-    )
-    def test_a_traced_epsilon_is_that_of_mlp(self, epsilon):
+    @pytest.mark.parametrize("value", [0.3, *(pytest.param(e, marks=pytest.mark.slow) for e in (0.0, 1e-5))])
+    def test_a_traced_epsilon_is_that_of_mlp(self, value):
         """Outputs and all derivatives, in float32: to rounding, as the programs are not the same."""
         p = a_problem()
-        fixed = networks.program(networks.mlp_layers(DEPTH, WIDTH, "tanh", epsilon=epsilon))
+        fixed = networks.program(networks.mlp_layers(SETTINGS, "tanh", epsilon=value))
         traced = a_program("tanh", 0.1)
-        found, expected = (run(p, np.full(DEPTH, epsilon)) for run in (traced, fixed))
+        found, expected = (run(p, np.full(DEPTH, value)) for run in (traced, fixed))
         assert sorted(found.shown) == sorted(expected.shown)
         for name in ("outputs", "shown", "to_params", "to_shown"):
             jax.tree.map(
@@ -149,11 +157,11 @@ class TestNetwork:
 
     def test_deviation(self):
         x = np.float32([3.0, 4.0])
-        assert laws.deviation(x, x) == 0
-        assert laws.deviation(x * 1.1, x) == pytest.approx(0.1, rel=1e-6)
-        assert laws.deviation(np.float32([0.0]), np.float32([-0.0])) > 0  # not the same bits
-        assert laws.deviation(np.float32([np.nan, 1]), x) == np.inf
-        assert laws.deviation(np.float32([np.nan]), np.float32([np.nan])) == np.inf
+        assert one_step.deviation(x, x) == 0
+        assert one_step.deviation(x * 1.1, x) == pytest.approx(0.1, rel=1e-6)
+        assert one_step.deviation(np.float32([0.0]), np.float32([-0.0])) > 0  # not the same bits
+        assert one_step.deviation(np.float32([np.nan, 1]), x) == np.inf
+        assert one_step.deviation(np.float32([np.nan]), np.float32([np.nan])) == np.inf
 
 
 class TestTrajectories:
@@ -164,10 +172,8 @@ class TestTrajectories:
         """With momentum, for all layers and for each alone; |W| must have moved, else nothing is tested."""
         train, p = a_trainer(), a_problem()
         hyper = trajectories.Hyper(0.1, 0.9, decay)
-        for names in laws.scaled_sets(DEPTH).values():
-            found = trajectories.trajectories(
-                train, p, names, 0.0, [2.0**-60, 0.5, 2.0**60], hyper, self.STEPS
-            )
+        for names in one_step.scaled_sets(DEPTH).values():
+            found = trajectories.trajectories(train, p, names, 0.0, [2.0**-60, 0.5, 2.0**60], hyper, self.STEPS)
             assert (found.deviation == 0).all()
             assert (found.crossed == 0).all()
             assert found.first_step > 1e-4
@@ -175,7 +181,7 @@ class TestTrajectories:
 
     @pytest.mark.slow
     def test_bitwise_with_epsilon(self):
-        train = trajectories.trainer(networks.layers_of_epsilon("tanh"), BATCH, seed=1)
+        train = trajectories.trainer(layers_of_epsilon("tanh"), SETTINGS.batch_size)
         hyper = trajectories.Hyper(0.1, 0.9, 0.02)
         factors = [2.0**-60, 2.0**60]
         found = trajectories.trajectories(train, a_problem(), hidden(DEPTH), 0.1, factors, hyper, self.STEPS)
@@ -185,14 +191,10 @@ class TestTrajectories:
     def test_either_rate_left_unscaled_breaks_it(self, wrong, monkeypatch):
         replace = trajectories.Hyper._replace
         monkeypatch.setattr(
-            trajectories.Hyper,
-            "_replace",
-            lambda self, **new: replace(self, **(new | {wrong: getattr(self, wrong)})),
+            trajectories.Hyper, "_replace", lambda self, **new: replace(self, **(new | {wrong: getattr(self, wrong)}))
         )
         hyper = trajectories.Hyper(0.1, 0.9, 0.02)
-        found = trajectories.trajectories(
-            a_trainer(), a_problem(), hidden(DEPTH), 0.0, [2.0], hyper, self.STEPS
-        )
+        found = trajectories.trajectories(a_trainer(), a_problem(), hidden(DEPTH), 0.0, [2.0], hyper, self.STEPS)
         assert found.deviation[0, -1] > 1e-3
 
     @pytest.mark.slow
@@ -205,12 +207,18 @@ class TestTrajectories:
     def test_rounding_of_one_step(self):
         """W is rounded in a W and in the sum with the update, 2^-24 at most each, in each of two runs."""
         hyper = trajectories.Hyper(0.1, 0.9, 0.02)
-        found = trajectories.trajectories(
-            a_trainer(), a_problem(), hidden(DEPTH), 0.0, FACTORS, hyper, self.STEPS
-        )
+        found = trajectories.trajectories(a_trainer(), a_problem(), hidden(DEPTH), 0.0, FACTORS, hyper, self.STEPS)
         assert (found.deviation[:, 0] > 0).all()
         assert (found.deviation[:, 0] < 4 * (2**-24 + found.first_step * 3e-6)).all()
         assert (found.deviation[:, -1] > found.deviation[:, 0]).all()
+
+    def test_training_that_is_not_finite(self):
+        settings = dataclasses.replace(SETTINGS, learning_rate=1e30)
+        rest = a_problem(), hidden(DEPTH), 0.0, [3.0], settings, self.STEPS
+        with pytest.raises(ValueError, match=r"training at a = 1 is not finite: --learning_rate=1e\+30 is too large"):
+            trajectories.each_decay(a_trainer(), *rest)
+        found = trajectories.each_decay(a_trainer(), *rest, normed=False)
+        assert list(found.decay.values) == list(trajectories.DECAYS)
 
     def test_the_rest_is_frozen(self):
         """All parameters but the named kernels keep their bits, though all have gradients and decay would move them."""
@@ -239,24 +247,31 @@ class TestTrajectories:
         np.testing.assert_array_equal(params["off"], W)
 
     def test_growth(self):
-        """Which law, at which rate, from curves that follow one."""
+        """Which law, at which rate, from curves that follow one, up to the first kink."""
         steps = np.arange(1, 101)
-        never = np.zeros(100, bool)
-        power = trajectories.growth(1e-8 * steps[None] ** 1.5, never, steps)
-        assert power.kind == "power"
-        np.testing.assert_allclose(power.rate, 1.5)
-        ended = steps > 60
-        fast = trajectories.growth(np.stack([1e-8 * np.exp(r * steps) for r in (0.1, 0.2)]), ended, steps)
-        assert (fast.kind, fast.start, fast.end) == ("exponential", 21, 60)
-        np.testing.assert_allclose(fast.rate, [0.1, 0.2])
-        assert trajectories.growth(np.ones((1, 5)), never[:5], steps[:5]).kind == ""
+        never, nan = np.zeros(100, bool), np.nan
+        power = rounding.growth(1e-8 * steps[None] ** 1.5, never, steps)
+        np.testing.assert_allclose(power["step_power"], 1.5)
+        np.testing.assert_array_equal(power["steps_to_e"], nan)
+        assert (power["fit_start"], power["fit_end"]) == (34, 100)
+        assert np.isnan(power["kink_step"])
+        curves = np.stack([1e-8 * np.exp(r * steps) for r in (0.1, 0.05)])
+        fast = rounding.growth(np.vstack([curves, np.full(100, nan)]), steps > 60, steps)  # the last a was not run
+        np.testing.assert_allclose(fast["steps_to_e"], [10, 20, nan])
+        np.testing.assert_array_equal(fast["step_power"], nan)
+        assert (fast["fit_start"], fast["fit_end"], fast["kink_step"]) == (21, 60, 61)
+        assert (fast["kink_before"], fast["kink_at"]) == (curves[0, 59], curves[0, 60])
+        large = rounding.growth(1e-4 * steps[None].astype(float), never, steps)  # at 1e-2 and above it is not small
+        assert large["fit_end"] == 100
+        assert rounding.growth(2e-4 * steps[None].astype(float), never, steps)["fit_end"] == 50
+        few = rounding.growth(np.ones((1, 5)), never[:5], steps[:5])
+        assert np.isnan([*few["step_power"], *few["steps_to_e"], few["fit_start"]]).all()
 
 
 class TestFixedEpsilon:
-    def response(self, activation, epsilon, factors):
-        fixed = networks.program(networks.mlp_layers(DEPTH, WIDTH, activation, epsilon=epsilon))
-        traced = networks.layers_of_epsilon(activation)
-        return fixed_epsilon.response(fixed, traced, a_problem(), epsilon, factors)
+    def response(self, activation, value, factors):
+        fixed = networks.program(networks.mlp_layers(SETTINGS, activation, epsilon=value))
+        return epsilon.response(fixed, layers_of_epsilon(activation), a_problem(), value, factors)
 
     def test_predicted(self):
         """Exactly at epsilon / a^2, however far; to first order with an error that falls as the change's square."""
@@ -286,131 +301,197 @@ class TestFixedEpsilon:
         assert response.crossed_at_epsilon == 0
         assert (response.first_order_error < 1e-4).all()
 
-    @pytest.mark.parametrize(
-        ("activation", "missed", "words"),
-        [
-            (
-                "relu",
-                0.9,
-                "does not predict relu's gradients once samples cross the kink: at epsilon 0.1, a = 2 (7 ",
-            ),
-            ("relu", 0.02, "misses 1.0e-05 .. 2.0e-02 of a change"),  # as much as the second order would
-            ("tanh", 0.9, "misses 1.0e-05 .. 9.0e-01 of a change"),
-        ],
-    )
-    def test_what_is_said_of_the_first_order(self, activation, missed, words):
-        """Two factors; for the second 7 samples cross 0, and of the last W's gradient `missed` is missed."""
-        dims = ("fixed_epsilon", "factor_at_epsilon", "predicted")
-        changes = np.broadcast_to(np.float64([1e-4, 1e-2])[:, None], (1, 2, 3))
-        found = {"measured": 2 * changes, "first_order": changes, "exact_error": 1e-12 * changes}
-        found["first_order_error"] = np.float64([[[1e-5] * 3, [1e-3, 1e-3, missed]]])
-        coords = {"fixed_epsilon": [0.1], "factor_at_epsilon": [3.0, 2.0]}
-        coords["predicted"] = np.array(fixed_epsilon.PREDICTED, object)
-        results = xr.Dataset({name: (dims, values) for name, values in found.items()}, coords)
-        results["crossed_at_epsilon"] = (dims[:2], [[0, 7]])
-        said = scale_laws.prediction(results, activation)
-        assert words in said
-        assert said.endswith("f(W, epsilon / a^2) misses at most 1.0e-14 of a change, for all a.")
-        if "does not" in words:
-            assert "the gradient to the last W changes by 2.0e-02, not 1.0e-02. Where none" in said
-            assert "at most 1.0e-05 of a change" in said
-
     @pytest.mark.parametrize("activation", ["relu", pytest.param("tanh", marks=pytest.mark.slow)])
     def test_inner_products(self, activation):
         """<W, dL/dW> = -2 epsilon dL/d epsilon = epsilon sum delta x_hat / sigma^2, sign and size, in each layer."""
-        fixed = networks.program(networks.mlp_layers(DEPTH, WIDTH, activation, epsilon=0.05))
+        fixed = networks.program(networks.mlp_layers(SETTINGS, activation, epsilon=0.05))
         traced = a_program(activation, 0.1)
-        inner, by_epsilon, by_sum = fixed_epsilon.inner_products(fixed, traced, a_problem(), 0.05)
+        inner, by_epsilon, by_sum = epsilon.inner_products(fixed, traced, a_problem(), 0.05)
         assert np.abs(inner).min() > 1e-4
         np.testing.assert_allclose(by_epsilon, inner, rtol=1e-9)
         np.testing.assert_allclose(by_sum, inner, rtol=1e-9)
 
-
-def test_inner_products_that_are_apart_break_the_run():
-    """1e-5 of 0.5 is more than rounding, 1e-5 of 1e-12 is not; and no figure is no proof."""
-
-    def found(size, gap):
+    def results(self, size=0.5, gap=0.0, missed=0.9):
+        """Two factors; for the second 7 samples cross 0, and of the last W's gradient `missed` is missed."""
+        dims = ("seed", "fixed_epsilon", "factor_at_epsilon", "predicted")
+        changes = np.broadcast_to(np.float64([1e-4, 1e-2])[:, None], (1, 1, 2, 3))
+        found = {"measured": 2 * changes, "first_order": changes, "exact_error": 1e-12 * changes}
+        found["first_order_error"] = np.float64([[[[1e-5] * 3, [1e-3, 1e-3, missed]]]])
         sides = [[size, size / 2], [size, size / 2], [size + gap, size / 2]]
-        exact = {name: ("case", np.zeros(2)) for name in laws.EXACT}
-        data = exact | {"inner_product": (("fixed_epsilon", "side", "layer"), [sides])}
-        return scale_laws.broken(xr.Dataset(data, {"fixed_epsilon": [0.1]}))
-
-    assert found(0.5, 1e-7) == found(1e-12, 1e-17) == []
-    (words,) = found(0.5, 5e-6)
-    assert words == "at epsilon 0.1 the forms of <W, dL/dW> are 1.0e-05 apart, relative, more than 1e-06"
-    assert len(found(0.5, np.nan)) == 1
-
-
-class TestMain:
-    @pytest.mark.slow
-    def test_main(self, tmp_path, capsys):
-        scripts.run("scale_laws", out=str(tmp_path), **TINY)
-        printed = capsys.readouterr().out
-        results = bnjax.load_results(tmp_path / "results.zarr")
-        # Of each of two layers, and of both.
-        assert dict(results.power_of_two.sizes) == {"epsilon": 2, "scaled": 3, "law": 4, "exponent": 5}
-        assert (results.power_of_two == 0).all()
-        trajectory = results.trajectory_power_of_two
-        assert ((trajectory == 0) | trajectory.isnull()).all()
-        assert results.trajectory.sizes["step"] == 24
-        count = int(re.search(r"all ([\d,]+) deviations are exactly 0", printed)[1].replace(",", ""))
-        assert count == 2 * 3 * 4 * 5 + (3 + 1) * 2 * results.sizes["sampled_exponent"]
-        assert (tmp_path / "scale_laws.png").stat().st_size > 20_000
-        assert str(tmp_path / "scale_laws.png") in printed
-        found = results.attrs["answer"]
-        subjects = {"fixed epsilon", "without BN", "rounding", "training", "powers of two"}
-        assert set(found) == subjects | {"inner product at epsilon 0.1"}
-        assert all(sentence in printed for sentence in found.values())
-        assert scale_laws.broken(results) == []
-        goes = r"Over training the deviation goes, from step 1 to 24, from \S+ to \S+ \(relu, decay none\)"
-        assert re.match(goes, found["training"])
-        scale_laws.FLAGS.mark_as_parsed()
-        everywhere = results.assign(crossed=xr.ones_like(results.crossed))
-        assert "cross a kink in every case" in scale_laws.answer(everywhere)["rounding"]
-        scale_laws.FLAGS.unparse_flags()
-        results.trajectory_power_of_two[1, 0, 1, 2] = 1e-9
-        (words,) = laws.broken(results)
-        first = f"epsilon 0.1, scaled {results.scaled.values[0]}, decay weight_"
-        assert words.startswith(f"1 of trajectory_power_of_two are not 0, the first at {first}")
-
-    @pytest.mark.slow
-    def test_a_broken_law_is_found(self, tmp_path, capsys, monkeypatch):
-        """A network with an epsilon that is not 0, in the place of the one with 0."""
-        mlp = bnjax.mlp
-        monkeypatch.setattr(
-            bnjax, "mlp", lambda *args, **options: mlp(*args, **(options | {"epsilon": 1e-3}))
-        )
-        words = r"error: not bitwise: .* of power_of_two are not 0, the first at epsilon 0"
-        with pytest.raises(SystemExit, match=words):
-            scripts.run("scale_laws", out=str(tmp_path), **(TINY | {"depth": 1, "steps": 2}))
-        assert "A LAW IS BROKEN" in capsys.readouterr().out
+        coords = {"seed": [0], "fixed_epsilon": [0.1], "factor_at_epsilon": [3.0, 2.0]}
+        results = xr.Dataset({name: (dims, values) for name, values in found.items()}, coords)
+        results["crossed_at_epsilon"] = (dims[:3], [[[0, 7]]])
+        results["inner_product"] = (("seed", "fixed_epsilon", "side", "layer"), [[sides]])
+        return results
 
     @pytest.mark.parametrize(
-        ("options", "words"),
+        ("activation", "expected"),
         [
-            ({"activation": "tan"}, "unknown --activation 'tan'.*tanh"),
-            ({"epsilon": "-0.1"}, "--epsilon must be above 0"),
-            ({"epsilon": "0"}, "--epsilon must be above 0"),
-            ({"epsilon": "nan"}, "--epsilon must be above 0"),
-            ({"epsilon": "0.1,0.1"}, "--epsilon names a value twice"),
-            ({"factors": "0,3"}, r"--factors must be in \[2\^-60, 2\^60\], got 0"),
-            ({"factors": "-3"}, r"--factors must be in .*, got -3"),
-            ({"factors": "3,4"}, "--factors are no powers of two, .* got 4"),
-            ({"factors": "x"}, "--factors takes numbers"),
-            ({"exponent": 61}, "--exponent must be at most 60, got 61"),
-            ({"learning_rate": 0}, "--learning_rate must be above 0"),
-            ({"learning_rate": "inf"}, "--learning_rate must be above 0"),
-            ({"out": "/dev/null/out"}, "--out=/dev/null/out cannot be written"),
+            ("relu", [("no sample crosses a kink", 1e-5, 0.1), ("samples cross a kink", 0.9, 90)]),
+            ("tanh", [("no sample crosses a kink", 0.9, 90)]),
         ],
     )
-    def test_bad_flags(self, tmp_path, options, words):
-        with pytest.raises(SystemExit, match="error: " + words):
-            scripts.run("scale_laws", **({"out": str(tmp_path)} | options))
+    def test_what_first_order_misses(self, activation, expected):
+        _, found = epsilon.judge(self.results(), Settings(activation=activation))
+        exact, *others = found.checks
+        np.testing.assert_allclose(exact.values, 1e-14)
+        for i, (words, missed, over) in enumerate(expected):
+            of_it, ratio = others[2 * i : 2 * i + 2]
+            assert of_it.statement == f"first order misses of it, where {words}"
+            np.testing.assert_allclose([of_it.values, ratio.values], [[missed], [over]])
+        assert len(others) == 2 * len(expected)
+        assert bool(found.note) == (activation == "relu")
+        assert verdict(found) == "supported"
 
-    @pytest.mark.parametrize(
-        ("flag", "value"),
-        [("depth", 0), ("width", 1), ("batch_size", 2), ("steps", 0), ("exponent", 0), ("seed", -1)],
-    )
-    def test_numbers_below_their_least(self, flag, value):
-        with pytest.raises(scale_laws.flags.IllegalFlagValueError, match=f"--{flag}={value}"):
-            scripts.run("scale_laws", **{flag: value})
+    def test_inner_products_that_are_apart(self):
+        """1e-5 of 0.5 is more than rounding, 1e-5 of 1e-12 is not; and no figure is no proof."""
+
+        def found(size, gap):
+            return verdict(epsilon.judge(self.results(size, gap), SETTINGS)[0])
+
+        assert found(0.5, 1e-7) == found(1e-12, 1e-17) == "supported"
+        assert found(0.5, 5e-6) == found(0.5, np.nan) == "not supported"
+
+    def test_a_prediction_that_is_off(self):
+        results = self.results()
+        results.exact_error[0, 0, 1, 2] = np.nan
+        assert verdict(epsilon.judge(results, SETTINGS)[1]) == "not supported"
+
+
+def exact_results():
+    """Of two seeds, 4 deviations of one step and 2 of training each, of which one was not run."""
+    coords = {"seed": [0, 1], "epsilon": [0.0], "scaled": ["all"], "exponent": [-1, 1], "sampled_exponent": [1]}
+    shape = {"law": ["outputs", "a x gradient to W"], "decay": ["none", "weight_decay / a^2"]}
+    one, trained = np.zeros((2, 1, 1, 2, 2)), np.zeros((2, 1, 1, 2, 1))
+    trained[:, 0, 0, 1] = np.nan
+    data = {
+        "power_of_two": (("seed", "epsilon", "scaled", "law", "exponent"), one),
+        "trajectory_power_of_two": (("seed", "epsilon", "scaled", "decay", "sampled_exponent"), trained),
+    }
+    return xr.Dataset(data, coords | shape)
+
+
+class TestJudge:
+    def test_exact(self):
+        (found,) = laws.judge(exact_results(), SETTINGS)
+        measured, wrong = found.checks
+        assert list(measured.values) == [5, 5]
+        assert list(wrong.values) == [0, 0]
+        assert verdict(found) == "supported"
+        assert found.note == ""
+
+    def test_a_law_that_is_broken(self):
+        results = exact_results()
+        results.trajectory_power_of_two[1, 0, 0, 0, 0] = 1e-9
+        (found,) = laws.judge(results, SETTINGS)
+        assert list(found.checks[1].values) == [0, 1]
+        assert verdict(found) != "supported"
+        where = "1 of trajectory_power_of_two are not 0, the first at seed 1, epsilon 0.0, scaled all, decay none, "
+        assert found.note == where + "sampled_exponent 1."
+
+    def rounded(self, last=1e-5, crossed=0):
+        """Of two seeds, one law and one network: after one step 5e-8 for the first."""
+        dims = ("seed", "trained", "decay", "factor", "step")
+        curves = np.float64([[5e-8, last], [6e-8, last]])[:, None, None, None]
+        data = {
+            "other": (("seed", "epsilon", "scaled", "law", "factor"), np.full((2, 1, 1, 1, 1), 3e-7)),
+            "crossed": (("seed", "epsilon", "scaled", "factor"), np.full((2, 1, 1, 1), crossed)),
+            "rounding": (("seed", "epsilon", "law"), np.float64([[[2e-7]], [[1e-7]]])),
+            "trajectory": (dims, curves),
+            "trajectory_first_step": (dims[:3], np.full((2, 1, 1), 0.1)),
+        }
+        coords = {"seed": [0, 1], "trained": ["relu"], "decay": ["none"], "factor": [3.0], "step": [1, 300]}
+        return xr.Dataset(data, coords)
+
+    def test_rounding(self):
+        one, first, grown = rounding.judge(self.rounded(), SETTINGS)
+        np.testing.assert_allclose(one.checks[0].values, [1.5, 3])
+        np.testing.assert_allclose(first.checks[0].values, [5e-8, 6e-8])
+        np.testing.assert_allclose(first.checks[0].below, 4 * (2**-24 + 0.1 * 1e-7))
+        np.testing.assert_allclose(grown.checks[1].values, [200, 1000 / 6])
+        assert [verdict(each) for each in (one, first, grown)] == ["supported"] * 3
+
+    def test_where_all_samples_cross(self):
+        one, *_ = rounding.judge(self.rounded(crossed=1), SETTINGS)
+        assert verdict(one) == "not judged"
+        assert "cross a kink in every case" in one.note
+        one, *_ = rounding.judge(self.rounded(crossed=1), dataclasses.replace(SETTINGS, activation="tanh"))
+        assert verdict(one) == "supported"
+
+    def test_growth_that_is_none(self):
+        *_, grown = rounding.judge(self.rounded(last=6e-8), SETTINGS)
+        assert verdict(grown) == "not supported"
+        *_, grown = rounding.judge(self.rounded(), dataclasses.replace(SETTINGS, steps=1))
+        assert verdict(grown) == "not judged"
+
+    @pytest.mark.slow
+    def test_what_tiny_settings_measure(self):
+        """Of each of two layers, and of both; every deviation is counted; no seed depends on the others."""
+        results = laws.measure(TINY, None)
+        sizes = {"seed": 2, "epsilon": 2, "scaled": 3, "law": 4, "exponent": 5}
+        assert dict(results.power_of_two.sizes) == sizes
+        (found,) = laws.judge(results, TINY)
+        count = 2 * 3 * 4 * 5 + (3 + 1) * 2 * results.sizes["sampled_exponent"]
+        assert list(found.checks[0].values) == [count, count]
+        alone = laws.measure(dataclasses.replace(TINY, seeds=(1,)), None)
+        xr.testing.assert_identical(results.sel(seed=[1]), alone)
+
+    @pytest.mark.slow
+    def test_an_epsilon_in_place_of_0_is_found(self, monkeypatch):
+        mlp = bnjax.mlp
+        monkeypatch.setattr(bnjax, "mlp", lambda *args, **options: mlp(*args, **(options | {"epsilon": 1e-3})))
+        settings = dataclasses.replace(TINY, depth=1, steps=2, seeds=(0,))
+        (found,) = laws.judge(laws.measure(settings, None), settings)
+        assert verdict(found) != "supported"
+        assert "of power_of_two are not 0, the first at seed 0, epsilon 0.0" in found.note
+
+
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """A function that runs the script with these flags, to the seeds of each claim that it would measure."""
+
+    def call(**options):
+        found = []
+        monkeypatch.setattr("experiments.claim.run", lambda name, jobs, *_: found.extend(s for _, s in jobs) or "")
+        scripts.run("scale_laws.__main__", **({"out": str(tmp_path)} | options))
+        return {settings.seeds for settings in found}
+
+    return call
+
+
+def test_seeds(started):
+    assert started() == {(0, 1, 2)}
+    assert started(seed=3) == {(3,)}
+    assert started(seeds="10:13") == {(10, 11, 12)}
+    with pytest.raises(SystemExit, match="--seed and --seeds exclude each other"):
+        started(seed=3, seeds="4")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"activation": "tan"}, "unknown --activation 'tan'.*tanh"),
+        ({"epsilon": "-0.1"}, "--epsilon must be above 0"),
+        ({"epsilon": "0"}, "--epsilon must be above 0"),
+        ({"epsilon": "nan"}, "--epsilon must be above 0"),
+        ({"epsilon": "0.1,0.1"}, "--epsilon names a value twice"),
+        ({"factors": "0,3"}, r"--factors must be in \[2\^-60, 2\^60\], got 0"),
+        ({"factors": "-3"}, r"--factors must be in .*, got -3"),
+        ({"factors": "3,4"}, "--factors are no powers of two, .* got 4"),
+        ({"factors": "x"}, "--factors takes numbers"),
+        ({"exponent": 61}, "--exponent must be at most 60, got 61"),
+        ({"exponent": 0}, "--exponent must be at least 1, got 0"),
+        ({"depth": 0}, "--depth must be at least 1, got 0"),
+        ({"width": 1}, "--width must be at least 2, got 1"),
+        ({"batch_size": 2}, "--batch_size must be at least 3, got 2"),
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"learning_rate": 0}, "--learning_rate must be above 0"),
+        ({"learning_rate": "inf"}, "--learning_rate must be above 0"),
+        ({"seeds": "-1,0"}, "--seeds cannot be swept"),
+        ({"claims": "law"}, "unknown claim in --claims 'law'.*laws"),
+        ({"out": "/dev/null/out"}, "--out=/dev/null/out cannot be written"),
+    ],
+)
+def test_bad_flags(started, options, words):
+    with pytest.raises(SystemExit, match="error: " + words):
+        started(**options)

@@ -159,11 +159,7 @@ def test_without_static_axes_it_is_one_network(blobs):
         (network, {"width": [4], "model.width": [4]}, "axes name an argument .* twice"),
         (network, {"width": [4], "model.seed": [4]}, "unknown axis 'model.seed'"),
         (lambda width: width, {"width": [4]}, "a network must be a bnjax.Model.*got int 4"),
-        (
-            lambda **options: network(4),
-            {"test_loss": [1, 2]},
-            r"axes must not have the names \['test_loss'\]",
-        ),
+        (lambda **options: network(4), {"test_loss": [1, 2]}, r"axes must not have the names \['test_loss'\]"),
         (Callable(), {"seed": [0]}, "a network must be a bnjax.Model.*got Callable"),
         (Nothing, {"width": [4]}, "unknown axis 'width'"),
         (3, {"seed": [0]}, "a network must be a bnjax.Model.*got int 3"),

@@ -45,10 +45,7 @@ def test_a_tree_that_keeps_its_order():
     assert list(doubled) == ["b", "a"]
     assert float(doubled["b"]) == 2
     assert "float32[3]" in str(doubled)
-    assert [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(given)] == [
-        "['b']",
-        "['a']",
-    ]
+    assert [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(given)] == ["['b']", "['a']"]
     traced = []
     jax.jit(lambda tree: traced.append(str(tree)))(given)
     assert "float32[]" in traced[0]

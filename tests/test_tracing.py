@@ -52,11 +52,7 @@ two_layers.defvjp(lambda x, w: (two_layers(x, w), None), lambda _, g: (g, jnp.ze
         (lambda p, x: (p["a"] @ x.T).T, {"a": W}, "a"),
         (lambda p, x: jax.vmap(lambda x: p["a"] @ x)(x), {"a": W}, "a"),
         (lambda p, x: x @ jnp.tanh(2 * p["a"].astype(jnp.bfloat16)).T.reshape(4, 4), {"a": W}, "a"),
-        (
-            lambda p, x: x @ (p["g"] * p["a"] / jnp.linalg.norm(p["a"], axis=0)),
-            {"a": W, "g": V},
-            "a",
-        ),  # weight norm
+        (lambda p, x: x @ (p["g"] * p["a"] / jnp.linalg.norm(p["a"], axis=0)), {"a": W, "g": V}, "a"),  # weight norm
         (lambda p, x: x @ p["a"][1], {"a": jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)}, "a"),
         (lambda p, x: x @ p["a"] @ p["a"], {"a": W}, "a a[1]"),
         (lambda p, x: jnp.einsum("ni,nj,ij->n", x, x, p["a"])[:, None], {"a": W}, "a"),
@@ -68,11 +64,7 @@ two_layers.defvjp(lambda x, w: (two_layers(x, w), None), lambda _, g: (g, jnp.ze
         (lambda p, x: jnp.log1p(x**2) @ p["a"], {"a": W}, "a"),
         (lambda p, x: jax.nn.relu(x @ p["a"]), {"a": W}, "a"),
         (lambda p, x: jax.nn.gelu(x @ p["a"]) @ p["b"], {"a": W, "b": W}, "a a/activation b"),
-        (
-            lambda p, x: jnp.tanh(jax.nn.relu(x @ p["a"]) * 2 + 1) @ p["b"],
-            {"a": W, "b": W},
-            "a a/activation b",
-        ),
+        (lambda p, x: jnp.tanh(jax.nn.relu(x @ p["a"]) * 2 + 1) @ p["b"], {"a": W, "b": W}, "a a/activation b"),
         (lambda p, x: jax.nn.selu(x @ p["a"]) @ p["b"], {"a": W, "b": W}, "a a/activation b"),
         (lambda p, x: jax.nn.mish(x @ p["a"]) @ p["b"], {"a": W, "b": W}, "a a/activation b"),
         (lambda p, x: jnp.where(x @ p["a"] > 1, x @ p["a"], 0) @ p["b"], {"a": W, "b": W}, "a a[1] b"),
@@ -81,11 +73,7 @@ two_layers.defvjp(lambda x, w: (two_layers(x, w), None), lambda _, g: (g, jnp.ze
             {"a": W, "b": W, "c": W},
             "a b b/activation c",
         ),
-        (
-            lambda p, x: (x + jax.nn.relu(x @ p["a"])) @ p["b"],
-            {"a": W, "b": W},
-            "a a/activation b",
-        ),
+        (lambda p, x: (x + jax.nn.relu(x @ p["a"])) @ p["b"], {"a": W, "b": W}, "a a/activation b"),
         (
             lambda p, x: jnp.maximum(x @ p["a"], x @ p["b"]) @ p["c"],  # maxout
             {"a": W, "b": W, "c": W},
@@ -94,16 +82,8 @@ two_layers.defvjp(lambda x, w: (two_layers(x, w), None), lambda _, g: (g, jnp.ze
         # Norms, over whatever axes, by whatever formula, before and after nonlinearities; not a mean alone.
         (lambda p, x: (x @ p["a"] - (x @ p["a"]).mean(0)) @ p["b"], {"a": W, "b": W}, "a a[1] b"),
         (lambda p, x: rms(x @ p["a"]) * p["v"], {"a": W, "v": V}, "a a/norm"),
-        (
-            lambda p, x: standardized(jax.nn.relu(x @ p["a"])) @ p["b"],
-            {"a": W, "b": W},
-            "a a/activation a/norm b",
-        ),
-        (
-            lambda p, x: jax.nn.relu(standardized(x @ p["a"])) @ p["b"],
-            {"a": W, "b": W},
-            "a a/norm a/activation b",
-        ),
+        (lambda p, x: standardized(jax.nn.relu(x @ p["a"])) @ p["b"], {"a": W, "b": W}, "a a/activation a/norm b"),
+        (lambda p, x: jax.nn.relu(standardized(x @ p["a"])) @ p["b"], {"a": W, "b": W}, "a a/norm a/activation b"),
         (lambda p, x: standardized(x) @ p["a"], {"a": W}, "input/norm a"),
         (lambda p, x: jax.nn.standardize(x @ p["a"]) @ p["b"], {"a": W, "b": W}, "a a/norm b"),
         (lambda p, x: grouped(x @ p["a"]) @ p["b"], {"a": W, "b": W}, "a a/norm b"),
@@ -112,21 +92,13 @@ two_layers.defvjp(lambda x, w: (two_layers(x, w), None), lambda _, g: (g, jnp.ze
         # Attention without projections.
         (lambda p, x: jax.nn.softmax((x @ p["a"]) @ x.T) @ x @ p["b"], {"a": W, "b": W}, "a a/softmax b"),
         # Calls: written out, or taken whole.
-        (
-            lambda p, x: jax.jit(lambda x: jax.nn.silu(x @ p["a"]))(x) @ p["b"],
-            {"a": W, "b": W},
-            "a a/activation b",
-        ),
+        (lambda p, x: jax.jit(lambda x: jax.nn.silu(x @ p["a"]))(x) @ p["b"], {"a": W, "b": W}, "a a/activation b"),
         (
             lambda p, x: jax.checkpoint(lambda x: jnp.tanh(x @ p["a"] + p["v"]))(x) @ p["b"],
             {"a": W, "b": W, "v": V},
             "a a/activation b",
         ),
-        (
-            lambda p, x: jnp.tanh(linear(x, p["a"]) + p["v"]) @ p["b"],
-            {"a": W, "b": W, "v": V},
-            "a a/activation b",
-        ),
+        (lambda p, x: jnp.tanh(linear(x, p["a"]) + p["v"]) @ p["b"], {"a": W, "b": W, "v": V}, "a a/activation b"),
         # The kernel on the left, twice: no part is taken for what follows the other.
         (lambda p, x: (p["b"] @ (p["a"] @ x.T)).T, {"a": W, "b": W}, "a b"),
     ],
@@ -288,9 +260,7 @@ def test_frozen_kernels_and_running_statistics():
 def test_the_rules_of_functions_are_kept():
     """The rule of `linear` says 7 times too much, on purpose: through `layers`, too."""
     w, x = np.eye(4, dtype=np.float32), np.ones((3, 4), np.float32)
-    show = tracing.layers(
-        lambda params, stats, x, *, train: (jnp.tanh(linear(x, params["w"])) @ params["b"], stats)
-    )
+    show = tracing.layers(lambda params, stats, x, *, train: (jnp.tanh(linear(x, params["w"])) @ params["b"], stats))
 
     def total(w, offset):
         outputs, shown = show({"w": w, "b": w}, {}, x, {"w": offset}, train=True)
@@ -349,20 +319,10 @@ def test_offsets_within_remat():
 def test_dependent():
     def function(a, b, key):
         noise = jax.random.normal(key, (2,))
-        return {
-            "sum": a + b,
-            "noise": noise,
-            "both": lax.fori_loop(0, 2, lambda i, c: c + noise[0], b),
-            "none": 1.0,
-        }
+        return {"sum": a + b, "noise": noise, "both": lax.fori_loop(0, 2, lambda i, c: c + noise[0], b), "none": 1.0}
 
     _, found = tracing.dependent(function, 1.0, 2.0, jax.random.key(0))
-    assert found == {
-        "sum": frozenset({0, 1}),
-        "noise": frozenset({2}),
-        "both": frozenset({1, 2}),
-        "none": frozenset(),
-    }
+    assert found == {"sum": frozenset({0, 1}), "noise": frozenset({2}), "both": frozenset({1, 2}), "none": frozenset()}
 
 
 def test_reading_computes_nothing():

@@ -68,9 +68,7 @@ def sgd(h, t, params, grads, state):
 def adam_step(h, t, grads, state):
     m = jax.tree.map(lambda m, g: h.momentum * m + (1 - h.momentum) * g, state[0], grads)
     v = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, state[1], grads)
-    direction = jax.tree.map(
-        lambda m, v: m / (1 - h.momentum**t) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8), m, v
-    )
+    direction = jax.tree.map(lambda m, v: m / (1 - h.momentum**t) / (jnp.sqrt(v / (1 - 0.999**t)) + 1e-8), m, v)
     return direction, (m, v)
 
 
@@ -144,8 +142,7 @@ def test_a_probe_sees_every_state_and_changes_nothing(blobs, eval_every):
         return {
             "norm": jnp.linalg.norm(kernel),
             "moved": jnp.linalg.norm(kernel - s.initial_params["hidden_0"]["kernel"]),
-            "batches": s.batch_stats["hidden_0"]["norm"].count
-            - s.initial_batch_stats["hidden_0"]["norm"].count,
+            "batches": s.batch_stats["hidden_0"]["norm"].count - s.initial_batch_stats["hidden_0"]["norm"].count,
             "rate": s.hyper.learning_rate,
             "examples": jnp.float32(len(s.ds.train_x)),
         }
@@ -181,9 +178,7 @@ def test_test_split_is_evaluated_whole(blobs, monkeypatch):
     np.testing.assert_allclose(found.test_accuracy, expected.test_accuracy, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "every", [None, 4, 11, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5, 12))]
-)
+@pytest.mark.parametrize("every", [None, 4, 11, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5, 12))])
 def test_a_run_in_pieces_is_the_run(blobs, every):
     """Bit for bit, with one program, wherever it is cut; steps 3, 6 and 9 end an epoch."""
     config = bnjax.TrainConfig(steps=11, batch_size=len(blobs.train_x) // 3, eval_every=every)
@@ -443,9 +438,7 @@ def test_every_epoch_shows_each_example_once(blobs):
     """With the batch size dividing the split; the labels stand for the examples."""
     seen = []
     numbered = blobs._replace(
-        train_x=np.arange(256, dtype=np.float32)[:, None],
-        test_x=np.zeros((1, 1), np.float32),
-        test_y=blobs.test_y[:1],
+        train_x=np.arange(256, dtype=np.float32)[:, None], test_x=np.zeros((1, 1), np.float32), test_y=blobs.test_y[:1]
     )
 
     def apply(params, batch_stats, x, *, train):
@@ -519,10 +512,7 @@ def test_bad_data(blobs, change, words):
     [
         ({"momentum": 1}, r"momentum must be in \[0, 1\) \(the optimizer's\), got 1"),
         ({"momentum": jnp.float32(1)}, r"momentum must be in \[0, 1\)"),
-        (
-            {"momentum": jnp.bfloat16(-0.5)},
-            r"momentum must be in \[0, 1\) .* got Array\(-0.5, dtype=bfloat16\)",
-        ),
+        ({"momentum": jnp.bfloat16(-0.5)}, r"momentum must be in \[0, 1\) .* got Array\(-0.5, dtype=bfloat16\)"),
         ({"seed": 0.5}, r"seed must be a whole number in \[0, 2\^31\), got 0.5"),
         ({"seed": 2**31}, "seed must be a whole number"),
         ({"seed": np.arange(2)}, r"seed must be a whole number .* got array\(\[0, 1\]\)"),

@@ -103,9 +103,7 @@ class Robustness(NamedTuple):
         body = ""
         for name in self.summaries:
             body += whole(self._heading(name), "th")
-            body += "".join(
-                row(cells) + (whole(note, "td") if note else "") for cells, note in self._rows(name)
-            )
+            body += "".join(row(cells) + (whole(note, "td") if note else "") for cells, note in self._rows(name))
         return (
             f"<table><caption>{TITLE}</caption><thead>{row(header, 'th')}</thead><tbody>{body}</tbody></table>"
             f"<p>{'<br>'.join(map(escape, self._legend()))}</p>"
@@ -344,9 +342,7 @@ def summarize(
             raise ValueError(f"baselines must name networks, of {models}, got {name!r}")
     scales = accuracy.init_scale.values
     medians = _medians(accuracy.values)
-    draws = np.random.default_rng(0).integers(
-        accuracy.sizes["seed"], size=(resamples, accuracy.sizes["seed"])
-    )
+    draws = np.random.default_rng(0).integers(accuracy.sizes["seed"], size=(resamples, accuracy.sizes["seed"]))
     drawn_medians = [_medians(accuracy.values[..., seeds]) for seeds in draws]
 
     def above_baseline(m, scale):

@@ -119,9 +119,7 @@ def _import_builders(name: str) -> ModuleType:
     return builders
 
 
-def _check_obtainable(
-    builders: ModuleType, source, root: Path, manual_dir: Path | None, download: bool
-) -> None:
+def _check_obtainable(builders: ModuleType, source, root: Path, manual_dir: Path | None, download: bool) -> None:
     """Raises a FileNotFoundError if archives are missing that cannot be downloaded either."""
     found = builders.find(source, manual_dir)
     missing = {u: i.filename for u, i in builders.archives(source).items() if i.filename not in found}
@@ -226,9 +224,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read(
-    records, source, split: str, folder: Path, first: int | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def _read(records, source, split: str, folder: Path, first: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The images [N, height, width, channels] uint8 and labels [N] of the first, or of all, examples."""
     if len(records) != source.num_examples[split]:
         declared = source.num_examples[split]

@@ -49,10 +49,7 @@ def standardize(ds: Dataset, per: str = "dataset") -> Dataset:
         return out
 
     return Dataset(
-        apply("train_x", train_x),
-        _as_labels("train_y", train_y),
-        apply("test_x", test_x),
-        _as_labels("test_y", test_y),
+        apply("train_x", train_x), _as_labels("train_y", train_y), apply("test_x", test_x), _as_labels("test_y", test_y)
     )
 
 
@@ -68,9 +65,7 @@ def _statistics(x: np.ndarray, per: str) -> tuple[np.ndarray, np.ndarray, np.nda
     with np.errstate(invalid="ignore", over="ignore"):  # reported by the caller, by name
         total = sum((x[rows].astype(np.float64) - offset).sum(axis=axes) for rows in _chunks(x))
         mean = np.asarray(total / count)
-        squares = sum(
-            np.square(x[rows].astype(np.float64) - offset - mean).sum(axis=axes) for rows in _chunks(x)
-        )
+        squares = sum(np.square(x[rows].astype(np.float64) - offset - mean).sum(axis=axes) for rows in _chunks(x))
         std = np.sqrt(squares / count)
     if not np.isfinite(std).all():
         raise ValueError("train_x: the standard deviation is not finite")
@@ -87,9 +82,7 @@ def _check_shapes(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, 
     """Raises a ValueError that names the arrays which do not fit together."""
     for name, x, y in (("train", train_x, train_y), ("test", test_x, test_y)):
         if x.ndim < 1 or y.shape != (len(x),):
-            raise ValueError(
-                f"{name}_x has shape {x.shape} and {name}_y {y.shape}; expected [N, ...] and [N]"
-            )
+            raise ValueError(f"{name}_x has shape {x.shape} and {name}_y {y.shape}; expected [N, ...] and [N]")
     if train_x.shape[1:] != test_x.shape[1:]:
         raise ValueError(f"one example is {train_x.shape[1:]} in train_x but {test_x.shape[1:]} in test_x")
     if not train_x.size:

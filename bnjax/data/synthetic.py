@@ -6,12 +6,7 @@ from bnjax.types import Dataset
 
 
 def sparse_parity(
-    *,
-    dimensions: int = 49,
-    order: int = 2,
-    train_examples: int = 10_000,
-    test_examples: int = 1_000,
-    seed: int = 0,
+    *, dimensions: int = 49, order: int = 2, train_examples: int = 10_000, test_examples: int = 1_000, seed: int = 0
 ) -> Dataset:
     """The sign of a product of a few inputs: label 1 where x_1 x_2 ... x_k > 0, and 0 elsewhere.
 

@@ -52,9 +52,7 @@ def checked(model: Model, params: PyTree, batch_stats: PyTree) -> dict[str, Any]
 
 def build(model: Model, fan_in: int, read: Callable[[str], Any]) -> tuple[PyTree, PyTree]:
     """`(params, batch_stats)` of an mlp, each entry being `read(name)`."""
-    tree = jax.tree_util.tree_map_with_path(
-        lambda path, _: jnp.asarray(read(_name(path))), template(model, fan_in)
-    )
+    tree = jax.tree_util.tree_map_with_path(lambda path, _: jnp.asarray(read(_name(path))), template(model, fan_in))
     return tree["params"], tree["batch_stats"]
 
 

@@ -17,10 +17,7 @@ from bnjax.types import Model, PyTree, takes_extra, taking_extra
 
 
 def as_model(
-    network: PyTree,
-    *,
-    scaled: Collection[str] | None = None,
-    config: Mapping[str, Any] | None = None,
+    network: PyTree, *, scaled: Collection[str] | None = None, config: Mapping[str, Any] | None = None
 ) -> Model:
     """An Equinox network as a `bnjax.Model`, to be swept and probed like any other.
 

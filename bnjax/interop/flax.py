@@ -159,9 +159,7 @@ class BatchNorm(nn.BatchNorm):
         Raises:
           ValueError: if shapes do not fit, for `axis_index_groups`, and for `momentum=None`.
         """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
+        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         check_options(self)
         x = jnp.asarray(x)
         axis = feature_axes(x, self.axis)
@@ -209,9 +207,7 @@ def check_options(module) -> None:
     if module.axis_index_groups is not None:
         raise ValueError("axis_index_groups is not supported; name several axes in axis_name instead")
     if module.momentum is None:
-        raise ValueError(
-            "momentum=None needs a count of batches, which Flax's variables lack; use bnjax.batch_norm"
-        )
+        raise ValueError("momentum=None needs a count of batches, which Flax's variables lack; use bnjax.batch_norm")
 
 
 def feature_axes(x, axis) -> tuple[int, ...]:
@@ -312,9 +308,7 @@ def as_model(
         variables.pop("intermediates", None)
         unknown = set(variables) - set(COLLECTIONS)
         if unknown:
-            raise ValueError(
-                f"collections must be {' and '.join(COLLECTIONS)}, the module has {sorted(unknown)} too"
-            )
+            raise ValueError(f"collections must be {' and '.join(COLLECTIONS)}, the module has {sorted(unknown)} too")
         params, state = variables.get("params", {}), variables.get("batch_stats", {})
         if random(tuple(input_shape), tuple(extra)):
             state = {**state, RNG: functions.dropout_key(key)}

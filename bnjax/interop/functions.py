@@ -61,9 +61,7 @@ def as_model(
         try:
             params, batch_stats = jax.eval_shape(lambda: draw(jax.random.key(0), input_shape))
         except TypeError as error:
-            raise ValueError(
-                f"the network cannot be drawn for examples of shape {input_shape}: {error}"
-            ) from error
+            raise ValueError(f"the network cannot be drawn for examples of shape {input_shape}: {error}") from error
         reading, _ = tracing.read_examples(run, params, batch_stats, input_shape)
         return _chosen(reading, tracing.names(params), scaled), nothing_scaled(reading)
 
@@ -85,13 +83,7 @@ def as_model(
 def arguments(call: Callable) -> Callable[[bool], dict[str, bool]]:
     """What a network's `__call__` wants to be told about training, by the names that are usual for it."""
     names = inspect.signature(call).parameters
-    usual = {
-        "train": True,
-        "training": True,
-        "is_training": True,
-        "deterministic": False,
-        "use_running_average": False,
-    }
+    usual = {"train": True, "training": True, "is_training": True, "deterministic": False, "use_running_average": False}
     return lambda train: {name: train == value for name, value in usual.items() if name in names}
 
 
@@ -99,9 +91,7 @@ def nothing_scaled(reading: tracing.Reading) -> str:
     """Why a network has no kernels that could be scaled."""
     kernels = [f"{name} (readout)" if name in reading.readouts else name for name in reading.kernels]
     unseen = [f"{name} ({why})" for name, why in reading.not_seen.items()]
-    return (
-        f"the network's kernels are {', '.join(kernels) or 'none'}; not seen: {', '.join(unseen) or 'none'}"
-    )
+    return f"the network's kernels are {', '.join(kernels) or 'none'}; not seen: {', '.join(unseen) or 'none'}"
 
 
 def _chosen(reading, params, scaled) -> set[str]:
@@ -110,11 +100,7 @@ def _chosen(reading, params, scaled) -> set[str]:
         raise ValueError(f"scaled takes a list of names, got {scaled!r}")
     if scaled is None:
         return {name for name in kernels if name not in reading.readouts}
-    inside = {
-        one: {k for k in kernels if f"{k}/".startswith(f"{one}/")} or {one} & {*params} for one in scaled
-    }
+    inside = {one: {k for k in kernels if f"{k}/".startswith(f"{one}/")} or {one} & {*params} for one in scaled}
     if useless := [name for name, found in inside.items() if not found]:
-        raise ValueError(
-            f"scaled has {useless}, in which there are no kernels; kernels are {', '.join(kernels)}"
-        )
+        raise ValueError(f"scaled has {useless}, in which there are no kernels; kernels are {', '.join(kernels)}")
     return set().union(*inside.values())

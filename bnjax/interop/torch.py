@@ -67,9 +67,7 @@ def to_torch(params: BatchNormParams, stats: BatchStats) -> dict[str, np.ndarray
         scale = jnp.ones_like(bias)
     values = {"scale": scale, "bias": bias, **stats._asdict()}
     return {
-        theirs: _to_numpy(ours, values[ours])
-        for ours, theirs in BATCH_NORM_NAMES.items()
-        if values[ours] is not None
+        theirs: _to_numpy(ours, values[ours]) for ours, theirs in BATCH_NORM_NAMES.items() if values[ours] is not None
     }
 
 

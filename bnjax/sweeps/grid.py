@@ -35,9 +35,7 @@ def check(axes: Mapping[str, Any], hyper: Hyperparams) -> dict[str, np.ndarray]:
             check_value(name, value)
         used, counts = np.unique(np.asarray(values).astype(range_of(name).dtype), return_counts=True)
         if (counts > 1).any():
-            raise ValueError(
-                f"axis {name} has duplicate values: {', '.join(f'{v:g}' for v in used[counts > 1])}"
-            )
+            raise ValueError(f"axis {name} has duplicate values: {', '.join(f'{v:g}' for v in used[counts > 1])}")
         result[name] = np.asarray(values, np.int64 if name == "seed" else np.float64)
     return result
 

@@ -68,10 +68,7 @@ class Layout:
     def frame(self) -> dict[str, Any]:
         """What no change can be allowed in."""
         variables = {name: [list(v.dims), v.dtype] for name, v in self.variables.items()}
-        return {
-            "further": {dim: list(values) for dim, values in self.further.items()},
-            "variables": variables,
-        }
+        return {"further": {dim: list(values) for dim, values in self.further.items()}, "variables": variables}
 
     def positions(self, cells: Hyperparams) -> np.ndarray:
         """Where these cells are in the grid; -1: nowhere."""

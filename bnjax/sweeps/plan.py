@@ -45,12 +45,7 @@ def width_of(model: Model, ds: Dataset, device: jax.Device, extra: tuple[str, ..
 
 
 def segment_of(
-    model: Model,
-    ds: Dataset,
-    config: TrainConfig,
-    width: int,
-    device: jax.Device,
-    extra: tuple[str, ...] = (),
+    model: Model, ds: Dataset, config: TrainConfig, width: int, device: jax.Device, extra: tuple[str, ...] = ()
 ) -> int:
     """Most steps in one call of the compiled program, for it to take about a minute."""
     flops = CPU_FLOPS if device.platform == "cpu" else ACCELERATOR_FLOPS

@@ -40,10 +40,7 @@ def compiled(
             if several:
                 return jax.vmap(call, in_axes=axes, axis_name=AXIS)(*args)
             # XLA's CPU reductions are some 30 times slower beside an axis of size 1.
-            one = (
-                jax.tree.map(lambda v: v[0], a) if axis == 0 else a
-                for a, axis in zip(args, axes, strict=True)
-            )
+            one = (jax.tree.map(lambda v: v[0], a) if axis == 0 else a for a, axis in zip(args, axes, strict=True))
             return jax.tree.map(lambda v: v[None], call(*one))
 
         # Cells never communicate between devices: there is nothing to check.
@@ -173,9 +170,7 @@ def _memory_needed(start, advance, group, extra, ds):
     return sum(sizes) - found.alias_size_in_bytes
 
 
-def run_group(
-    trainer: Trainer, cells: Hyperparams, state: RunState | None = None
-) -> Iterator[tuple[int, RunState]]:
+def run_group(trainer: Trainer, cells: Hyperparams, state: RunState | None = None) -> Iterator[tuple[int, RunState]]:
     """Trains at most `group` cells (fewer are padded to it), from their start or from a state [cells, ...].
 
     Yields:
@@ -210,9 +205,7 @@ def packed(state: RunState, count: int) -> dict[str, np.ndarray]:
 
 def unpacked(trainer: Trainer, arrays: Mapping[str, np.ndarray]) -> RunState:
     """The inverse. Raises an error if it is none."""
-    shapes, structure = jax.tree.flatten(
-        _shapes(trainer.programs[0], trainer.group, trainer.extra, trainer.ds)[1]
-    )
+    shapes, structure = jax.tree.flatten(_shapes(trainer.programs[0], trainer.group, trainer.extra, trainer.ds)[1])
     leaves = [arrays[f"leaf {i}"] for i in range(len(arrays))]
     forms = ([(a.dtype, a.shape[1:]) for a in several] for several in (leaves, shapes))
     state = jax.tree.unflatten(structure, leaves)
@@ -229,9 +222,7 @@ def _shapes(start, group, extra, ds):
 
 @functools.lru_cache(maxsize=64)
 def _text(init, apply, config, probe, extra, shapes):
-    hyper = Hyperparams.from_named(
-        {name: jax.ShapeDtypeStruct((), range_of(name).dtype) for name in (*RANGES, *extra)}
-    )
+    hyper = Hyperparams.from_named({name: jax.ShapeDtypeStruct((), range_of(name).dtype) for name in (*RANGES, *extra)})
     lowered = jax.jit(make_train(Model(init, apply), config, probe)).lower(hyper, shapes)
     text = lowered.as_text() + " ".join(sorted(extra))  # one that is not used is not in the program
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -43,9 +43,7 @@ class Progress(rich.progress.Progress):
 
     def begin(self, total: int, done: int) -> None:
         """The number of cells, and of those that are done already; the clock starts."""
-        self.update(
-            self.tasks[0].id, total=total, completed=done, cells=f"{done}/{total} cells,", left="left, "
-        )
+        self.update(self.tasks[0].id, total=total, completed=done, cells=f"{done}/{total} cells,", left="left, ")
         self._done_before, self._start = done, time.monotonic()
         self._last_line = self._start
 
@@ -67,9 +65,7 @@ class Progress(rich.progress.Progress):
         pause = NOTEBOOK_SECONDS if self.console.is_jupyter else LINE_SECONDS
         if self._lines and (done == task.total or time.monotonic() - self._last_line > pause):
             self._last_line, left = time.monotonic(), (task.total - done) / speed
-            line = (
-                f"{done:.0f}/{task.total:.0f} cells, {note}, {seconds:.0f} s so far, {left:.0f} s left{name}"
-            )
+            line = f"{done:.0f}/{task.total:.0f} cells, {note}, {seconds:.0f} s so far, {left:.0f} s left{name}"
             self._say(line)
 
     def _say(self, line):

@@ -42,9 +42,7 @@ VARIABLES = {
     "test_loss": Variable(("step",), "float32", {"long_name": "test loss"}),
     "test_accuracy": Variable(("step",), "float32", {"long_name": "test accuracy (fraction)"}),
     "diverged": Variable((), "bool", {"long_name": "whether a loss was not finite"}),
-    "diverged_step": Variable(
-        (), "int32", {"long_name": "first step with a loss that is not finite; -1: none"}
-    ),
+    "diverged_step": Variable((), "int32", {"long_name": "first step with a loss that is not finite; -1: none"}),
 }
 RESERVED = ("model", "step", "probe_step", "layer", "done", "bnjax", "zarr.json")
 GROUPS = 64  # calls of the compiled program that are committed together, at most
@@ -144,9 +142,7 @@ def sweep(
     if not models:
         raise ValueError("model is an empty mapping")
     if plan is not None:
-        raise ValueError(
-            f"plan={plan!r} is no longer taken: the width is chosen by size; width= sets another"
-        )
+        raise ValueError(f"plan={plan!r} is no longer taken: the width is chosen by size; width= sets another")
     if path is None and jax.process_count() > 1:
         raise ValueError("a sweep by several processes needs a path, where they leave their shares")
     coords = grid.check(axes, hyper)
@@ -355,9 +351,7 @@ def _probes(probe, models):
         probe = {name: probe(model) for name, model in models.items()}
     found = dict(probe) if isinstance(probe, Mapping) else dict.fromkeys(models, probe)
     if {*found} != {*models}:
-        names = (
-            f"each of the models {list(models)}" if list(models) != [""] else "the one model, and no mapping"
-        )
+        names = f"each of the models {list(models)}" if list(models) != [""] else "the one model, and no mapping"
         raise ValueError(f"probe must be one for {names}, got {list(found)}")
     if odd := [one for one in found.values() if not isinstance(one, Probe | None)]:
         raise ValueError(f"probe must be a bnjax.Probe, got {type(odd[0]).__name__}")
@@ -377,31 +371,21 @@ def _variables(probe_of, models, ds, config, names, extra):
     variables, further = dict(VARIABLES), {"step": config.eval_steps}
     if clash := {*names} & {*variables, *RESERVED}:
         raise ValueError(f"axes must not have the names {sorted(clash)}, which results have anyway")
-    kind = {"cross_entropy": " (cross-entropy, nats)", "squared": " (squared, mean over outputs)"}.get(
-        config.loss, ""
-    )
+    kind = {"cross_entropy": " (cross-entropy, nats)", "squared": " (squared, mean over outputs)"}.get(config.loss, "")
     for name in ("train_loss", "test_loss"):
-        variables[name] = variables[name]._replace(
-            attrs={"long_name": variables[name].attrs["long_name"] + kind}
-        )
+        variables[name] = variables[name]._replace(attrs={"long_name": variables[name].attrs["long_name"] + kind})
     if not np.issubdtype(ds.train_y.dtype, np.integer):
         del variables["train_accuracy"], variables["test_accuracy"]
     taken = {*variables, *names, *RESERVED}
-    measured = [
-        one and (one.layers, _measured(one, models[name], ds, extra)) for name, one in probe_of.items()
-    ]
+    measured = [one and (one.layers, _measured(one, models[name], ds, extra)) for name, one in probe_of.items()]
     if any(other != measured[0] for other in measured):
-        raise ValueError(
-            f"all models' probes must measure the same quantities in the same layers, got {measured}"
-        )
+        raise ValueError(f"all models' probes must measure the same quantities in the same layers, got {measured}")
     if measured[0]:
         layers, quantities = measured[0]
         further |= {"probe_step": (0, *config.eval_steps)} | ({"layer": layers} if layers else {})
         for quantity, (shape, dtype) in quantities.items():
             if quantity in taken:
-                raise ValueError(
-                    f"a probe must not call a quantity {quantity!r}, a name that results have anyway"
-                )
+                raise ValueError(f"a probe must not call a quantity {quantity!r}, a name that results have anyway")
             variables[quantity] = Variable(("probe_step", "layer")[: 1 + len(shape)], dtype, {})
     return variables, further
 

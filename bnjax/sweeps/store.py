@@ -188,9 +188,7 @@ class Store:
         for key in filter(None, states):
             self.files.delete(key)
 
-    def save_state(
-        self, name: str, places: np.ndarray, arrays: Mapping[str, np.ndarray], before: str | None
-    ) -> str:
+    def save_state(self, name: str, places: np.ndarray, arrays: Mapping[str, np.ndarray], before: str | None) -> str:
         """Stores a group half way in the place of its state before. Returns its key."""
         key = self._put(STATES, name, places, arrays, compress=False)
         if before not in (None, key):
@@ -289,9 +287,7 @@ def begin(
     key = f"{LOG}/{int([*history][-1].rpartition('/')[2]) + 1 if history else 1:08d}"
     if not files.create(key, layout.to_bytes()):
         if readings == 1:
-            raise OSError(
-                f"{files.name}: {key} cannot be put: other runs begin there, or something odd is there"
-            )
+            raise OSError(f"{files.name}: {key} cannot be put: other runs begin there, or something odd is there")
         return begin(files, asked, overwrite=overwrite, allow_changed=allow_changed, readings=readings - 1)
     for old in sorted({*history} - {*stands}, reverse=True):  # what stands, the oldest, as the last
         files.delete(old)
@@ -382,9 +378,7 @@ def _load(files):
     if found is None:
         return export.load(files)
     if found[2]:
-        raise Damaged(
-            f"{files.name} is damaged: {', '.join(found[2][:5])} (the same sweep trains these cells again)"
-        )
+        raise Damaged(f"{files.name} is damaged: {', '.join(found[2][:5])} (the same sweep trains these cells again)")
     return found[1].dataset()
 
 
@@ -405,9 +399,7 @@ class Status(NamedTuple):
 
     def __str__(self) -> str:
         """One line a model."""
-        rows = [
-            f"{name or 'network'}: {done:,} of {n:,} cells done" for name, (done, n) in self.cells.items()
-        ]
+        rows = [f"{name or 'network'}: {done:,} of {n:,} cells done" for name, (done, n) in self.cells.items()]
         rows += [f"damaged: {key}" for key in self.damaged]
         rows += [f"{self.halfway} groups of cells half way"] * bool(self.halfway)
         return "\n  ".join([self.path, *rows, self.writer])

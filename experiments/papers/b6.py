@@ -13,7 +13,7 @@ from bnjax.findings import Check, Finding
 from bnjax.theory import random_matrices
 from experiments import common
 from experiments.claim import Claim
-from experiments.settings import require, setting
+from experiments.settings import at_least, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,10 +28,7 @@ class Settings:
     deep_products: int = setting(200, "How many deep products.")
 
     def __post_init__(self):
-        for field, least in {"width": 2, "deep_factors": 1, "deep_width": 2, "deep_products": 1}.items():
-            require(
-                getattr(self, field) >= least, field, f"must be at least {least}, got {getattr(self, field)}"
-            )
+        at_least(self, width=2, deep_factors=1, deep_width=2, deep_products=1)
 
 
 def gaussian(seed: list[int], count: int, width: int) -> np.ndarray:
@@ -43,9 +40,7 @@ def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
     """Singular values of the wide products; condition numbers of the deep ones, in decades."""
     wide = [
         [
-            np.linalg.svd(
-                functools.reduce(np.matmul, gaussian([n, seed], n, settings.width)), compute_uv=False
-            )
+            np.linalg.svd(functools.reduce(np.matmul, gaussian([n, seed], n, settings.width)), compute_uv=False)
             for seed in settings.seeds
         ]
         for n in settings.num_factors

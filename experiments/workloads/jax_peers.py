@@ -33,9 +33,7 @@ def seconds_of(run: Callable[[], Any]) -> float:
 def repeated(run: Callable[[], int], seconds: float, **known: int) -> Ready:
     """The run, compiled by a first one, as often as about fills the time."""
     first = seconds_of(run)
-    once = (
-        first if first > 10 * seconds + 10 else seconds_of(run)
-    )  # compilation apart, if that can change a thing
+    once = first if first > 10 * seconds + 10 else seconds_of(run)  # compilation apart, if that can change a thing
     times = max(1, round(seconds / once))
     return (lambda: sum(run() for _ in range(times))), known
 
@@ -51,13 +49,7 @@ def cross_entropy(logits, labels):
 
 
 def bnjax_sweep(
-    w: Workload,
-    cells: int,
-    steps: int,
-    seconds: float,
-    *,
-    evaluations: int = 1,
-    width: int | None = None,
+    w: Workload, cells: int, steps: int, seconds: float, *, evaluations: int = 1, width: int | None = None
 ) -> Ready:
     """`bnjax.sweep` as a user calls it, on all local devices; the test split is evaluated `evaluations` times.
 
@@ -186,9 +178,9 @@ def flax_network(w: Workload):
         def __call__(self, x):
             for width in w.features:
                 x = nn.Dense(width, use_bias=False, kernel_init=nn.initializers.he_normal())(x)
-                x = nn.BatchNorm(
-                    use_running_average=False, momentum=workloads.BN_MOMENTUM, epsilon=workloads.EPSILON
-                )(x)
+                x = nn.BatchNorm(use_running_average=False, momentum=workloads.BN_MOMENTUM, epsilon=workloads.EPSILON)(
+                    x
+                )
                 x = getattr(nn, w.activation)(x)
             return nn.Dense(w.sizes[-1], kernel_init=nn.initializers.he_normal())(x)
 
@@ -289,9 +281,7 @@ def part(w: Workload, cells: int, steps: int, seconds: float, *, name: str, widt
         return repeated(products_at(w, steps, width), seconds, width=width)
     has = PARTS[: PARTS.index(name) + 1]
     init, step = bnjax_network(
-        w,
-        norm="batch" if "batch_norm" in has else "none",
-        momentum=workloads.MOMENTUM if "momentum" in has else None,
+        w, norm="batch" if "batch_norm" in has else "none", momentum=workloads.MOMENTUM if "momentum" in has else None
     )
 
     def train(seed, x, y, order):

@@ -213,12 +213,7 @@ def _workload(name):
     return import_module("experiments.workloads.workloads").ALL[name]
 
 
-CALLS = {
-    "prepare": _prepare,
-    "run": _run,
-    "first_sweep": _first_sweep,
-    "peak_memory": _peak_memory,
-}
+CALLS = {"prepare": _prepare, "run": _run, "first_sweep": _first_sweep, "peak_memory": _peak_memory}
 
 if __name__ == "__main__":
     serve(sys.argv[1], int(sys.argv[2]))

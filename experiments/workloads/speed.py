@@ -143,9 +143,7 @@ def growth(
         tick()
     with processes.started("devices") as crew:
         for cells in grids:
-            processes.ask(
-                crew, "prepare", name=str(cells), cells=cells, steps=steps, seconds=seconds, **asked
-            )
+            processes.ask(crew, "prepare", name=str(cells), cells=cells, steps=steps, seconds=seconds, **asked)
             tick()
         for k in range(rounds):
             for i in np.roll(np.arange(len(grids)), -k):
@@ -153,11 +151,7 @@ def growth(
                 tick()
     return xr.Dataset(
         {
-            "cell_seconds": (
-                ("grid", "grid_round"),
-                found,
-                {"units": "s", "workload": workload, "steps": steps},
-            ),
+            "cell_seconds": (("grid", "grid_round"), found, {"units": "s", "workload": workload, "steps": steps}),
             "peak_memory": ("grid", peaks, {"units": "B", "workload": workload}),
         },
         {"grid": list(grids)},

@@ -95,11 +95,7 @@ def verdicts(results: xr.Dataset) -> Iterator[str]:
                 (reached if middle >= aim else missed).append(text)
             else:
                 (reached if middle >= PEER_AIM else missed).append(f"{middle:.2f}x {title(name)}")
-        parts = [
-            f"{words}: {', '.join(found)}"
-            for words, found in (("reached", reached), ("not", missed))
-            if found
-        ]
+        parts = [f"{words}: {', '.join(found)}" for words, found in (("reached", reached), ("not", missed)) if found]
         yield f"{workload}: {'; '.join(parts)}"
 
 
@@ -119,16 +115,11 @@ def profile(results: xr.Dataset) -> Figures | None:
         "bnjax": "+ checks for divergence, history, last evaluation, host",
     } | {name: title(name) for name in parts}
     rows = [
-        [
-            words[name],
-            *(f"{middle.sel(implementation=name, workload=w):.0f}%" for w in results.workload.values),
-        ]
+        [words[name], *(f"{middle.sel(implementation=name, workload=w):.0f}%" for w in results.workload.values)]
         for name in ladder
     ]
     micro = 1e6 * total.median("round")
-    rows.append(
-        ["= µs per cell-step, all cores", *(f"{micro.sel(workload=w):.4g}" for w in results.workload.values)]
-    )
+    rows.append(["= µs per cell-step, all cores", *(f"{micro.sel(workload=w):.4g}" for w in results.workload.values)])
     header = ["", *(str(w) for w in results.workload.values)]
     return Figures("Where a sweep's time goes: what each part adds, medians", header, rows)
 
@@ -162,11 +153,7 @@ def first_result(results: xr.Dataset) -> Figures | None:
         return None
     found = results.first_result
     rows = [
-        [
-            str(c),
-            *(f"{v:.2f}" for v in found.sel(caches=c).values),
-            f"{float(found.sel(caches=c)[:2].sum()):.2f}",
-        ]
+        [str(c), *(f"{v:.2f}" for v in found.sel(caches=c).values), f"{float(found.sel(caches=c)[:2].sum()):.2f}"]
         for c in found.caches.values
     ]
     header = ["", *map(str, found.stage.values), "to the first result"]

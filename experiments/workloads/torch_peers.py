@@ -64,9 +64,7 @@ def eager(w: Workload, cells: int, steps: int, seconds: float) -> tuple[Callable
     return (lambda: sum(run() for _ in range(networks))), {}
 
 
-def vmap_step(
-    w: Workload,
-) -> Callable[[dict, dict, dict, torch.Tensor, torch.Tensor], torch.Tensor]:
+def vmap_step(w: Workload) -> Callable[[dict, dict, dict, torch.Tensor, torch.Tensor], torch.Tensor]:
     """`step(params, velocity, buffers, x, y)` of all networks at once, in place; returns the losses [cells]."""
     with torch.device("meta"):
         skeleton = network(w)

@@ -28,17 +28,9 @@ def sweep(path):
     config = bnjax.TrainConfig(steps=4, batch_size=8, eval_every=2)
     model = bnjax.mlp((4,), 3, norm="none")
     axes = {"learning_rate": (0.1, 1e30), "seed": range(3)}
-    options = {
-        "width": 2,
-        "segment": 2,
-        "devices": jax.local_devices()[:1],
-        "progress": False,
-        "checkpoint_minutes": 0,
-    }
+    options = {"width": 2, "segment": 2, "devices": jax.local_devices()[:1], "progress": False, "checkpoint_minutes": 0}
     probe = bnjax.probes.weights(model, (6,))
-    return bnjax.sweep(
-        {"one": model}, bnjax.Dataset(x, y, x, y), config, axes, path=path, probe=probe, **options
-    )
+    return bnjax.sweep({"one": model}, bnjax.Dataset(x, y, x, y), config, axes, path=path, probe=probe, **options)
 
 
 with tempfile.TemporaryDirectory() as place:

@@ -76,9 +76,7 @@ def layers(arrays):
                 results = {"y": y, "mean": layer.running_mean, "var": layer.running_var}
                 results |= {f"grad_{key}": g for key, g in zip(names, gradients, strict=True)}
                 if dtype == torch.float64:
-                    slope = sum(
-                        (g * values[f"d{key}"]).sum() for key, g in zip(names, gradients, strict=True)
-                    )
+                    slope = sum((g * values[f"d{key}"]).sum() for key, g in zip(names, gradients, strict=True))
                     products = torch.autograd.grad(slope, leaves)
                     results |= {f"hvp_{key}": p for key, p in zip(names, products, strict=True)}
                 for key, value in results.items():
@@ -141,11 +139,7 @@ def main():
     torch.set_num_threads(1)  # the order of sums, and so the last bits, could depend on it
     arrays = {}
     meta = {"layers": layers(arrays), "running": running(arrays), "opinfo": opinfo(arrays)}
-    meta["versions"] = {
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
+    meta["versions"] = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
     arrays = {key: value.detach().numpy() for key, value in arrays.items()}
     np.savez_compressed(PATH, meta=np.array(json.dumps(meta)), **arrays)
     print(f"{len(arrays)} arrays, {PATH.stat().st_size} bytes")

@@ -1,0 +1,1 @@
+"""Implementations of batch normalization, measured on the same cases against an exact reference."""

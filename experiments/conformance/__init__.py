@@ -1,1 +1,0 @@
-"""What `experiments.bn_conformance` measures: the implementations, the exact reference, the cases."""

@@ -1,1 +1,0 @@
-"""What `experiments.why_robust` asks: the seven controls, one module each."""

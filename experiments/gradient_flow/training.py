@@ -1,0 +1,79 @@
+"""Gradients and weights in a short training of the first activation and depth."""
+
+import itertools
+import math
+
+import xarray as xr
+
+import bnjax
+from bnjax import probes
+from bnjax.findings import Check, Finding, number
+from experiments.claim import Claim
+from experiments.gradient_flow import common
+from experiments.gradient_flow.common import NORM_NAMES, Settings
+from experiments.table import Table
+
+QUANTITIES = {
+    "|dL/dW|": "gradient_norm",
+    "|W|": "weight_norm",
+    "angle": "angle",
+    "lr / |W|^2": "effective_learning_rate",
+}
+SEEDS, TEST_EXAMPLES = 3, 256  # at most; accuracy is not the point
+
+
+def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
+    """With a probe of the weights."""
+    models = {
+        norm: common.model(settings, settings.activations[0], norm, settings.depths[0]) for norm in settings.norms
+    }
+    shape, size = ds.train_x.shape[1:], settings.batch_size
+    probe = {norm: probes.weights(model, shape, batch_size=size) for norm, model in models.items()}
+    ds = ds._replace(test_x=ds.test_x[:TEST_EXAMPLES], test_y=ds.test_y[:TEST_EXAMPLES])
+    config = bnjax.TrainConfig(steps=max(settings.steps), batch_size=size, eval_every=math.gcd(*settings.steps))
+    axes = {"init_scale": sorted(settings.shown_scales), "seed": settings.seeds[:SEEDS]}
+    hyper = bnjax.Hyperparams(learning_rate=settings.learning_rate)
+    results = bnjax.sweep(models, ds, config, axes, hyper=hyper, probe=probe)
+    return results.sel(probe_step=list(settings.steps))
+
+
+def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
+    """How far the first layer turns with BN, by its size at the start."""
+    if "batch" not in settings.norms:
+        return []
+    angle, scales = results.angle.isel(probe_step=-1).sel(model="batch", layer="hidden_0"), results.init_scale.values
+    words = f"angle after {settings.steps[-1]} steps, at {scales[-1]:g} over that at {scales[0]:g}"
+    check = Check(words, (angle.isel(init_scale=-1) / angle.isel(init_scale=0)).values, below=1)
+    claim = "With BN, the larger the initial weights, the less a training turns those of the first layer."
+    return [Finding(claim, "van Laarhoven 2017", [check])]
+
+
+def tables(results: xr.Dataset, settings: Settings) -> list[Table]:
+    """First and last hidden layer along training, medians over seeds; of each norm."""
+    ends, found = [f"hidden_{i}" for i in dict.fromkeys((0, settings.depths[0] - 1))], []
+    title = f"along training: SGD, learning rate {settings.learning_rate:g}, momentum 0.9, cross-entropy"
+    caption = (
+        f"{' / '.join(ends)}; medians over {results.sizes['seed']} seeds. |dL/dW|: of the first {settings.batch_size} "
+        "examples. Angle: between W and its start, in degrees. lr / |W|^2: the effective learning rate behind a norm. "
+        "The figures of a run that diverged may be infinite, or NaN, which medians leave out."
+    )
+    for norm in settings.norms:
+        rows = []
+        for scale, step in itertools.product(results.init_scale.values, settings.steps):
+            one = results.sel(model=norm, init_scale=scale)
+            now = one.sel(probe_step=step).astype(float).median("seed")  # the sum of two may be beyond float32
+            cells = (" / ".join(number(float(now[name].sel(layer=at))) for at in ends) for name in QUANTITIES.values())
+            lost = int((one.diverged & (one.diverged_step <= step)).sum())
+            rows.append([f"{scale:g}", str(step), *cells, f"{lost} of {one.sizes['seed']}"])
+        network = f"{settings.activations[0]}, {NORM_NAMES[norm]}, {settings.depths[0]} hidden layers"
+        found.append(Table(f"{network}, {title}", ["scale", "step", *QUANTITIES, "diverged"], rows, caption))
+    return found
+
+
+CLAIM = Claim(
+    name="training",
+    question="How do gradients and weights move in a short training?",
+    source="van Laarhoven 2017: behind a norm, a step turns W by an angle that goes with lr / |W|^2.",
+    settings=Settings, quick=Settings(), full=common.FULL, tiny=common.TINY,
+    measure=measure, judge=judge, figure=lambda results, settings: None, tables=tables,
+)  # fmt: skip
