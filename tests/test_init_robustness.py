@@ -16,8 +16,8 @@ from absl import flags
 
 import bnjax
 from experiments import common
+from experiments.init_robustness import report
 
-init_robustness = scripts.load("init_robustness")
 ROOT = Path(__file__).parents[1]
 TINY = {
     "train_examples": 300,
@@ -41,7 +41,9 @@ def main(data_dir, tmp_path):
     """Runs the experiment in this process, with flags over the tiny ones; the output folder is tmp_path/out."""
 
     def call(**options):
-        scripts.run("init_robustness", **(TINY | {"data_dir": data_dir, "out": str(tmp_path / "out")} | options))
+        scripts.run(
+            "init_robustness.__main__", **(TINY | {"data_dir": data_dir, "out": str(tmp_path / "out")} | options)
+        )
 
     return call
 
@@ -102,9 +104,9 @@ def test_whole_run(main, tmp_path, capsys):
 
 def test_a_plan_in_words():
     stored = {"width": 16, "devices": 2}
-    assert init_robustness._in_words(stored) == "width 16 on 2 devices"
+    assert report._in_words(stored) == "width 16 on 2 devices"
     narrowed = stored | {"devices": 1, "narrowed": "width 32 needs more"}
-    assert init_robustness._in_words(narrowed).endswith("16 on 1 device; width 32 needs more")
+    assert report._in_words(narrowed).endswith("16 on 1 device; width 32 needs more")
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def flagged():
     """Sets the flags, over the tiny ones, without a run; the script's module."""
 
     def call(**options):
-        module, values = scripts.load("init_robustness"), flags.FLAGS
+        module, values = scripts.load("init_robustness.__main__"), flags.FLAGS
         values.unparse_flags()
         for flag in values:
             values[flag].unparse()
@@ -143,15 +145,14 @@ def test_the_title_tells_runs_apart(flagged, options, words):
     assert words in flagged(**options).title().replace("\N{NO-BREAK SPACE}", " ")
 
 
-def test_best_rates_in_words(flagged):
+def test_best_rates_in_words():
     """Of rates 0.01 and 0.1; where the best is no more than 5 points above guessing, none."""
     dims = {"model": ["BN", "no BN"], "init_scale": [1e-4, 1.0, 10.0, 100.0], "learning_rate": [0.01, 0.1], "seed": [0]}
     low, high = [[0.8, 0.7, 0.1, 0.15], [0.1, 0.1, 0.1, 0.1]], [[0.7, 0.6, 0.3, 0.14], [0.1, 0.9, 0.1, 0.1]]
     accuracy = xr.DataArray(np.stack([low, high], -1)[..., None], dims)
-    module = flagged()
-    rates = module.best_rates(accuracy, 0.1)
+    rates = report.best_rates(accuracy, 0.1)
     np.testing.assert_array_equal(rates, [[0.01, 0.01, 0.1, np.nan], [np.nan, 0.1, np.nan, np.nan]])
-    assert module.rate_lines(rates)[1:] == [
+    assert report.rate_lines(rates)[1:] == [
         "BN: 0.01 (scale 1e-4 to 1), 0.1 (scale 10), none (scale 100)",
         "no BN: none (scale 1e-4), 0.1 (scale 1), none (scale 10 to 100)",
     ]
@@ -168,7 +169,7 @@ def test_report_of_several_learning_rates(flagged, tmp_path, capsys):
         attrs={"models": {name: {"num_outputs": 10} for name in names}, "plan": plans},
     )
     module = flagged(learning_rates="0.01,0.1", out=tmp_path)
-    module.report(results, tmp_path / "results.zarr")
+    module.report(results, tmp_path / "results.zarr", module.networks()[1], 0.8, module.title())
     out = capsys.readouterr().out
     pictures = [tmp_path / name for name in ("accuracy.png", "rates.png")]
     assert [line for line in out.splitlines() if "figure" in line] == [f"figure:   {path}" for path in pictures]

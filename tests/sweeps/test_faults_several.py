@@ -98,9 +98,9 @@ class TestReplaced:
         with monkeypatch.context() as patch:
             after_commits(patch, lambda number: number == 2 and shutil.rmtree(path))
             with pytest.raises(SystemExit, match=rf"^error: {re.escape(str(path))} {STOPS}$"):
-                scripts.run("init_robustness", **flags)
+                scripts.run("init_robustness.__main__", **flags)
         assert not path.exists()
-        scripts.run("init_robustness", **flags)
+        scripts.run("init_robustness.__main__", **flags)
         assert bnjax.load_results(path).identical(xr.open_zarr(path, consolidated=False).load())
 
 
@@ -280,7 +280,7 @@ def test_signals_to_the_main_experiment(tmp_path):
         assert (process.returncode, "interrupted" in said, "Traceback" in said) == (status, True, False)
     with start() as last:
         assert last.wait() == 0
-    scripts.run("init_robustness", **given | {"out": other.parent})
+    scripts.run("init_robustness.__main__", **given | {"out": other.parent})
     found = [bnjax.load_results(place).drop_attrs(deep=False) for place in (path, other)]
     xr.testing.assert_identical(*found)
 

@@ -1,4 +1,4 @@
-"""Over how many decades of initialization scale does a network train, with batch normalization and without?
+"""The range of initialization scales over which a network trains, with batch normalization and without.
 
     python -m experiments.init_robustness
 
@@ -8,22 +8,19 @@ no BN over 1.5. Above a scale of 100 BN is no better than its frozen baseline: w
 """
 
 import contextlib
-import itertools
-import math
-import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import xarray as xr
 from absl import app, flags
 
 import bnjax
-from bnjax import activations, choices, plots, training
-from bnjax.analysis import robustness
+from bnjax import activations, choices, training
 from bnjax.models import mlp
 from bnjax.sweeps import grid, store
-from experiments import common, measure_width
+from experiments import common
+from experiments.init_robustness import measure_width
+from experiments.init_robustness.report import SCRIPT, report
 
 FLAGS = flags.FLAGS
 
@@ -76,8 +73,6 @@ common.define_distributed()
 flags.adopt_module_key_flags(common)  # so that --helpshort shows them
 flags.DEFINE_integer("devices", None, "Local devices to use. Default: all.", lower_bound=1)
 
-SCRIPT = "init_robustness"
-LEARNS = 0.05  # of test accuracy above guessing: less says nothing of a learning rate
 NORM_NAMES = {"batch": "BN", "none": "no BN"}
 # What else tells runs apart: named in a figure's title where it is not the default.
 NAMED_FLAGS = ("train_examples", "standardize", "epsilon", "scaled_layers", "weight_decay", "data_seed")
@@ -107,7 +102,7 @@ def main(argv: list[str]) -> None:
         common.join_others()
         job = prepare(argv, path.parent)
         if FLAGS.measure_width:
-            width = measure_width.report(*job[:5], job.devices, common.console().print)
+            width = measure_width.report(*job[:5], job.devices)
             print(common.command(SCRIPT, width=width, measure_width=None))
             return
         with contextlib.suppress(ValueError):
@@ -130,7 +125,7 @@ def main(argv: list[str]) -> None:
     if "done" in results:
         raise common.fail(f"another process ended early; the same command trains the rest of {path}")
     if jax.process_index() == 0:
-        report(results, path)
+        report(results, path, networks()[1], FLAGS.threshold, title())
 
 
 def prepare(argv: list[str], folder: Path) -> Job:
@@ -207,41 +202,6 @@ def networks() -> tuple[dict[str, bnjax.Model], dict[str, str]]:
     return models, baselines
 
 
-def report(results: xr.Dataset, path: Path) -> None:
-    """Prints the table and writes the figures beside the results, which stand at `path`."""
-    _, baselines = networks()
-    thresholds = sorted({*robustness.THRESHOLDS, FLAGS.threshold})
-    print(bnjax.robustness(results, thresholds, baselines=baselines))
-
-    accuracy, chance = robustness.final_accuracy(results), robustness.guessing(results)
-    figure = plots.robustness(
-        accuracy, threshold=FLAGS.threshold, chance=chance, baselines=set(baselines.values()), title=title()
-    )
-    figures = {"accuracy.png": figure}
-    if accuracy.sizes["learning_rate"] > 1:
-        rates = best_rates(accuracy, chance)
-        print("", *rate_lines(rates), sep="\n")
-        figures["rates.png"] = rate_maps(accuracy, rates)
-    print()
-    for name, figure in figures.items():
-        print(f"figure:   {common.save(figure, path.with_name(name), SCRIPT)}")
-    print(f"results:  {path}   (bnjax.load_results opens it)")
-    plans = {}
-    for name, plan in results.attrs["plan"].items():
-        plans.setdefault(_in_words(plan), []).append(name)
-    for words, names in plans.items():
-        print(f"plan:     {'; '.join(names)}: {words}")
-    more = 4 * accuracy.sizes["seed"]
-    larger = common.command(SCRIPT, seeds=more, out=path.parent, overwrite=None)
-    print(f"continue: {larger}   (only new cells are trained)")
-
-
-def _in_words(plan):
-    devices = plan["devices"]
-    narrowed = f"; {plan['narrowed']}" if "narrowed" in plan else ""
-    return f"width {plan['width']} on {devices} device{'s' * (devices > 1)}{narrowed}"
-
-
 def title() -> str:
     """What tells the figures of this run from those of others: data, networks, training."""
     rates = sorted(common.parse_floats("learning_rates", FLAGS.learning_rates))
@@ -262,43 +222,6 @@ def title() -> str:
         *(f"{name} {FLAGS[name].value}" for name in NAMED_FLAGS if FLAGS[name].value != FLAGS[name].default),
     ]
     return ", ".join(part.replace(" ", "\N{NO-BREAK SPACE}") for part in parts)  # lines break between them
-
-
-def best_rates(accuracy: xr.DataArray, chance: float) -> xr.DataArray:
-    """The learning rate of the best median, [model, init_scale]; NaN where no median is above guessing by `LEARNS`.
-
-    There all rates are much the same, and the best of them would say nothing.
-    """
-    medians = robustness.at_best(accuracy).median("seed")
-    return medians.learning_rate.where(medians > chance + LEARNS)
-
-
-def rate_lines(rates: xr.DataArray) -> list[str]:
-    """The `best_rates` of each network, a paragraph each: rates, and the scales at which they are the best."""
-    scales = [robustness.scale_text(scale) for scale in rates.init_scale.values]
-    lines = [f"Learning rate of the best median (none: at most {100 * LEARNS:.0f} points above guessing)"]
-    for name in rates.model.values:
-        words = ["none" if math.isnan(rate) else f"{rate:.3g}" for rate in rates.sel(model=name).values]
-        parts = []
-        for word, group in itertools.groupby(range(len(scales)), key=words.__getitem__):
-            first, *_, last = [*group] * 2
-            parts.append(f"{word} (scale {scales[first]}{f' to {scales[last]}' * (last > first)})")
-        lines += textwrap.wrap(f"{name}: {', '.join(parts)}", robustness.COLUMNS, subsequent_indent="    ")
-    return lines
-
-
-def rate_maps(accuracy: xr.DataArray, rates: xr.DataArray):
-    """The figure of accuracy over scale and learning rate, a map for each network, with its `best_rates`."""
-    medians, seeds = accuracy.median("seed"), accuracy.sizes["seed"]
-    level = FLAGS.threshold * float(medians.max())
-    return plots.maps(
-        100 * medians,
-        f"final test accuracy (%),\n{f'median of {seeds} seeds' if seeds > 1 else 'one seed'}",
-        level=100 * level,
-        best=rates,
-        labels=(f"trains: {FLAGS.threshold:.4g} of the best, {level:.1%}, or more", "best rate at this scale"),
-        title=title(),
-    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which width trains the networks of a job fastest on this machine.
+"""The width that trains the networks of a job fastest on this machine.
 
 A sweep of few steps is timed, and one of more at the same width: what the second takes longer goes to its further
 steps, since whatever else a sweep costs (initialization, evaluation, the host's part) is in both. From the width by
@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 import xarray as xr
-from rich.table import Table
 
 import bnjax
+from experiments.table import Table
 
 SHORT = 16  # steps
 SECONDS = 0.5  # that the longer sweep's further steps are to take, about
@@ -46,7 +46,7 @@ def timed_sweep(
     hyper: bnjax.Hyperparams,
     devices: Sequence[jax.Device],
 ) -> Timed:
-    """What runs a sweep of the network, evaluated once, and returns its seconds."""
+    """A function that runs a sweep of the network, evaluated once, and returns its seconds."""
     hyper = hyper._replace(learning_rate=LEARNING_RATE)
 
     def run(width, cells, steps):
@@ -196,9 +196,8 @@ def report(
     axes: Mapping[str, Sequence[float]],
     hyper: bnjax.Hyperparams,
     devices: Sequence[jax.Device],
-    show: Callable[[Table], None],
 ) -> int:
-    """Measures, shows a table per network, and returns the best width for all of them.
+    """Measures, prints a table per network, and returns the best width for all of them.
 
     Raises:
       ValueError: if there are other processes, or a network diverges at once.
@@ -211,11 +210,13 @@ def report(
     speeds = measured(runs, width_by_size(models, *job), count, cells, ROUNDS)
     seconds = job_seconds(speeds, cells, count, config.steps)
     for name in models:
-        show(table(name, speeds.sel(network=name), seconds.sel(network=name), cells, config.steps))
+        print(table(name, speeds.sel(network=name), seconds.sel(network=name), cells, config.steps).text(), end="\n\n")
     together = seconds.sum("network", skipna=False)
     if len(models) > 1:
         mean = len(models) / (1 / speeds).sum("network", skipna=False)
-        show(table(f"all {len(models)} networks", mean, together, cells * len(models), config.steps))
+        print(
+            table(f"all {len(models)} networks", mean, together, cells * len(models), config.steps).text(), end="\n\n"
+        )
     if (spread := float((speeds.max("round") / speeds.min("round")).max())) > NOISY:
         say(
             f"The rounds differ by up to {spread:.1f} times at one and the same width: something else is running on "
@@ -226,21 +227,15 @@ def report(
 
 def table(name: str, speeds: xr.DataArray, seconds: xr.DataArray, cells: int, steps: int) -> Table:
     """A row for each width: its speeds, [width, round], and how long the job's cells take."""
-    found = Table(title=name)
-    for column in (
-        "width",
-        "cell-steps per second,\nmedian \\[lowest, highest]",
-        "over the\nfastest",
-        f"{cells:,} cells,\n{steps:,} steps",
-    ):
-        found.add_column(column, justify="right")
-    middle = speeds.median("round")
+    middle, rows = speeds.median("round"), []
     for width in speeds.width.values:
-        at = {"width": width}
-        found.add_row(
-            f"{width}",
-            f"{middle.sel(at):,.0f} \\[{speeds.sel(at).min():,.0f}, {speeds.sel(at).max():,.0f}]",
-            f"{middle.sel(at) / middle.max():.2f}",
-            f"{seconds.sel(at).median():,.1f} s",
-        )
-    return found
+        one, ratio = speeds.sel(width=width), middle.sel(width=width) / middle.max()
+        span = f"{middle.sel(width=width):,.0f} [{one.min():,.0f}, {one.max():,.0f}]"
+        rows.append((f"{width}", span, f"{ratio:.2f}", f"{seconds.sel(width=width).median():,.1f} s"))
+    columns = (
+        "width",
+        "cell-steps per second [lowest, highest]",
+        "over the fastest",
+        f"{cells:,} cells, {steps:,} steps",
+    )
+    return Table(name, columns, rows)

@@ -1,0 +1,1 @@
+"""The main experiment: the range of initialization scales over which a network trains."""
