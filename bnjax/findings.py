@@ -19,7 +19,7 @@ UNITS = {"%": (100, ".1f", "%", ""), "points": (100, "+.1f", "", " points"), "":
 
 
 def number(value: float | int, unit: str = "") -> str:
-    """Three digits and the unit: 0.0123, 1.5e-4 and 12 degrees; of fractions 81.4% and +3.2 points."""
+    """Three digits and the unit: 0.0123, 1.5e-4, 10174 and 12 degrees; of fractions 81.4% and +3.2 points."""
     return spread([value], unit)
 
 
@@ -36,6 +36,8 @@ def _digits(value, form):
         return f"{value:{form}}"
     if value == 0 or not math.isfinite(value) or 0.01 <= abs(value) < 1000:
         return f"{value:.3g}"
+    if value == int(value) != float(f"{value:.1e}") and abs(value) < 1e6:
+        return f"{value:.0f}"  # a count
     mantissa, exponent = f"{value:.1e}".split("e")
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 

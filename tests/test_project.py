@@ -188,10 +188,7 @@ def test_readme_snippet(snippet, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     names = {}
     exec(compile(snippet, "README.md", "exec"), names)
-    if "growth" in names:
-        assert abs(names["growth"] - 1.493) < 5e-4
-        assert (names["results"].angle.sel(layer="hidden_0", probe_step=20).diff("init_scale") < 0).all()
-    elif "results" in names:
+    if "results" in names:
         accuracy = names["results"].test_accuracy.isel(step=-1)
         accuracy = accuracy.sel(model="batch") if "model" in accuracy.dims else accuracy
         assert (accuracy > 0.5).all()
