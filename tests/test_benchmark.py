@@ -1,5 +1,6 @@
 """The benchmark of whole sweeps: all implementations do the same work, and the tables say what was measured."""
 
+import functools
 import sys
 
 import jax
@@ -13,7 +14,8 @@ import xarray as xr
 import bnjax
 from bnjax.interop import flax as interop_flax
 from bnjax.interop import torch as interop_torch
-from experiments.workloads import jax_peers, processes, speed, tables, workloads
+from experiments import common
+from experiments.benchmark import figure, jax_peers, processes, sweeps, tables, workloads
 
 TINY = {"cells": 4, "steps": 3, "rounds": 2, "seconds": 0.01}
 NAMES = [*workloads.ALL]
@@ -25,12 +27,13 @@ def main(tmp_path):
 
     def call(**options):
         options = {"out": str(tmp_path / "out"), "workloads": workloads.SMALLEST} | options
-        scripts.run("benchmark", **options)
+        scripts.run("benchmark.__main__", **options)
         return tmp_path / "out"
 
     return call
 
 
+@functools.cache
 def problem(name):
     """The workload, bnjax's network of it, its initial state (BN's scales and biases moved), and two batches."""
     w = workloads.ALL[name]
@@ -42,6 +45,13 @@ def problem(name):
     x, y, *_ = workloads.data(w)
     order = workloads.batches(w, 2)
     return w, model, jax.tree.unflatten(structure, moved), batch_stats, [(x[i], y[i]) for i in order]
+
+
+@functools.cache
+def expected_of(name):
+    """What `reference` finds of the problem."""
+    _, *arguments = problem(name)
+    return reference(*arguments)
 
 
 def reference(model, params, batch_stats, batches):
@@ -98,7 +108,7 @@ class TestSameWork:
     @pytest.mark.parametrize("name", [workloads.SMALLEST, "784-100x3-10-sigmoid"])
     def test_jax_peers(self, name):
         w, model, params, batch_stats, batches = problem(name)
-        losses, new_params, new_stats = reference(model, params, batch_stats, batches)
+        losses, new_params, new_stats = expected_of(name)
         expected = interop_flax.mlp_to_flax(model, new_params, new_stats)
 
         def run(step, state):
@@ -121,10 +131,10 @@ class TestSameWork:
     @pytest.mark.parametrize("name", [workloads.SMALLEST, "784-100x3-10-sigmoid"])
     def test_torch_peers(self, name):
         torch = pytest.importorskip("torch")
-        from experiments.workloads import torch_peers
+        from experiments.benchmark import torch_peers
 
         w, model, params, batch_stats, batches = problem(name)
-        losses, new_params, new_stats = reference(model, params, batch_stats, batches)
+        losses, new_params, new_stats = expected_of(name)
         expected = interop_torch.mlp_to_torch(model, new_params, new_stats)
         start = interop_torch.mlp_to_torch(model, params, batch_stats)
         start = {key: torch.from_numpy(value) for key, value in start.items()}
@@ -164,7 +174,8 @@ class TestSameWork:
                 (contracted, _), _ = equation.params["dimension_numbers"]
                 inner = equation.invars[0].aval.shape[contracted[0]]
                 operations += 2 * inner * equation.outvars[0].aval.size
-        assert operations == w.operations
+        weights = [i * o for i, o in zip(w.sizes, w.sizes[1:], strict=False)]
+        assert operations == 2 * w.batch_size * (3 * sum(weights) - weights[0])  # all inputs' but x's
         layers = len(w.sizes) - 1
         loop = jax.jit(jax_peers.products_loop, static_argnums=(0, 1))
         text = loop.lower(jax_peers.products_of_a_step, 7, x, kernels).compile().as_text()
@@ -184,7 +195,7 @@ class TestSameWork:
 
 def made_up():
     """Three rounds of one workload, whose ratios are seen at a glance; the parts take 1, 2, ... 10 seconds."""
-    figures = {
+    speeds = {
         "bnjax": [6, 12, 60],
         "bnjax_evaluated": [3, 6, 30],
         "products": [10, 16, 60],
@@ -196,14 +207,14 @@ def made_up():
         "shuffle": [7.5, 15, 75],
     }
     workload = np.array([workloads.SMALLEST], object)
-    sizes = np.zeros((1, len(figures)), int)
+    sizes = np.zeros((1, len(speeds)), int)
     sizes[0, 0] = 16
     return xr.Dataset(
         {
-            "speed": (("workload", "implementation", "round"), [list(figures.values())]),
+            "speed": (("workload", "implementation", "round"), [list(speeds.values())]),
             "width": (("workload", "implementation"), sizes),
         },
-        {"workload": workload, "implementation": np.array(list(figures), object)},
+        {"workload": workload, "implementation": np.array(list(speeds), object)},
     )
 
 
@@ -212,32 +223,57 @@ class TestTables:
         found = tables.ratios(made_up().speed, "bnjax", "products")
         np.testing.assert_allclose(found.values[0], [0.675, 0.75, 0.875])  # of 0.6, 0.75, 1
 
-    def test_comparison(self):
-        ((label, products, flax, evaluated),) = tables.comparison(made_up()).rows
-        assert label == "64-32x3-10, batch 32"
-        assert products == "75%\n[68, 88]"
-        assert flax == "1.50x\n[1.35, 1.50]"  # of 1.5, 1.2, 1.5
-        assert evaluated == "50%\n[50, 50]"
+    def test_beside(self):
+        found = tables.beside(made_up(), workloads.SMALLEST, ["torch"])
+        assert found.title == "64-32x3-10, batch 32"
+        assert found.rows == [
+            ["bnjax.sweep", "16", "12.0", "", ""],
+            ["evaluated 4 times", "", "6.00", "", ""],
+            ["products alone", "", "16.0", "0.75 [0.675, 0.875]", "0.6: reached"],
+            ["Flax", "", "10.0", "1.5 [1.35, 1.5]", "1.4: reached"],  # of 1.5, 1.2, 1.5
+            ["PyTorch eager", "", "not installed", "", ""],
+        ]
+        assert found.caption == "Evaluated 4 times: 0.5 [0.5, 0.5] of the speed of bnjax.sweep."
 
-    def test_speeds(self):
-        figures = tables.speeds(made_up(), ["torch"])
-        assert figures.header == ["", "bnjax.sweep", "evaluated 4 times", "products alone", "Flax", "PyTorch eager"]
-        assert figures.rows[0][1:] == ["12.0\n(width 16)", "6.00", "16.0", "10.0", "not installed"]
-
-    def test_verdicts(self):
-        (line,) = tables.verdicts(made_up())
-        assert line == "64-32x3-10: reached: 75% of the products alone (aim: 60%), 1.50x Flax"
+    def test_aims_that_are_missed(self):
         slower = made_up()
         slower["speed"] = slower.speed * xr.where(slower.implementation == "bnjax", 0.7, 1)
-        (line,) = tables.verdicts(slower)
-        assert line == "64-32x3-10: not: 52% of the products alone (aim: 60%), 1.05x Flax"
+        rows = tables.beside(slower, workloads.SMALLEST, []).rows
+        assert [row[-1] for row in rows] == ["", "", "0.6: missed", "1.4: missed"]
 
     def test_profile(self):
         """Each part's seconds over the sweep's: in the second round 12/16, then 0, 0.8 - 0.75, 0, and the rest."""
         rows = tables.profile(made_up()).rows
         shares = [row[1] for row in rows[:-1]]
         assert shares == ["75%", "0%", "5%", "0%", "0%", "0%", "20%"]
-        assert rows[-1][1] == f"{1e6 / 12:.4g}"
+        assert rows[-1][1] == "83,300"  # 1e6 / 12
+
+    def test_widths(self):
+        """The one chosen, of the width 8, has 10, 20, 30 where the fastest has 20, 25, 24."""
+        speeds = np.array([[[9, 19, 29], [20, 25, 24], [10, 20, 30]]], float)
+        results = xr.Dataset(
+            {
+                "speed": (("workload", "implementation", "round"), speeds),
+                "width": (("workload", "implementation"), [[8, 1, 8]]),
+            },
+            {"workload": [workloads.SMALLEST], "implementation": ["bnjax", "width_1", "width_8"]},
+        )
+        found = tables.widths(results)
+        assert [row[0] for row in found.rows] == ["width 1", "width 8", "chosen", "over the fastest"]
+        assert [row[1] for row in found.rows] == ["24.0", "20.0", "8", "0.8 [0.65, 1.02]"]
+
+    def test_layers(self):
+        """Half and twice the time of the fastest in single rounds; 3 and 1 times the bytes of x."""
+        results = xr.Dataset(
+            {
+                "seconds": (("shape", "implementation", "round"), [[[2e-6, 4e-6, 3e-6], [1e-6, 4e-6, 2e-6]]]),
+                "residual_bytes": (("shape", "implementation"), [[3 * 4 * 6, 4 * 6]]),
+            },
+            {"shape": ["2x3"], "implementation": ["a", "b"]},
+            {"cells": 1},
+        )
+        found = tables.layers(results)
+        assert found.rows == [["2x3", "a", "1.5 [1.25, 1.75]", "3.00", "3"], ["", "b", "1 [1, 1]", "2.00", "1"]]
 
     def test_growth(self):
         results = xr.Dataset(
@@ -251,9 +287,9 @@ class TestTables:
         np.testing.assert_allclose(tables.line(results), [2, 0.1])
         found = tables.growth(results)
         assert found.title == "As the grid grows, 64-32x3-10, 7 steps"
-        assert found.header[2] == "the whole sweep's time over 2 s + 1e+05 µs x cells"
-        assert found.rows[0] == ["10", "3e+05", "1.000 [0.833, 1.167]", "512"]
-        assert found.rows[2] == ["1,000", "1.02e+05", "1.000 [1.000, 1.000]", "1024"]
+        assert found.caption == "The law: 2 s + 100,000 µs x cells."
+        assert found.rows[0] == ["10", "300,000", "1 [0.833, 1.17]", "512"]
+        assert found.rows[2] == ["1,000", "102,000", "1 [1, 1]", "1024"]
 
     def test_scaled(self):
         """300 steps at 12 a second on 2 cores: 50 core-seconds a cell."""
@@ -263,11 +299,7 @@ class TestTables:
     def test_processes_together(self):
         """Their speeds add up, each over its own time."""
         answers = [{"cell_steps": 10, "seconds": 2.0}, {"cell_steps": 9, "seconds": 3.0}]
-        assert speed.speed(answers) == 8
-
-    def test_markdown(self):
-        text = tables.markdown(tables.Figures("T", ["", "a"], [["x", "1\n[2]"]]))
-        assert text == "**T**\n\n|  | a |\n| --- | ---: |\n| x | 1 [2] |\n"
+        assert sweeps.speed(answers) == 8
 
     @pytest.mark.parametrize(
         ("value", "text"), [(1234.5, "1,230"), (99.96, "100.0"), (0.01234, "0.0123"), (float("nan"), "-"), (0, "-")]
@@ -276,44 +308,49 @@ class TestTables:
         assert tables.three_digits(value) == text
 
 
+def test_figure():
+    """Medians over the products' as points, with the quartiles as bars; the products are the line at 100%."""
+    (axes,) = figure.shares(made_up(), title="A title").axes
+    assert axes.get_title() == "A title"
+    assert axes.get_yscale() == "log"
+    points = {bars.get_label(): bars[0].get_ydata() for bars in axes.containers}
+    assert points == {"bnjax.sweep": [75], "Flax": [62.5]}
+    (quartiles,) = axes.containers[0][2][0].get_segments()
+    np.testing.assert_allclose(quartiles[:, 1], [67.5, 87.5])
+    assert [label.get_text() for label in axes.get_xticklabels()] == [workloads.SMALLEST]
+    assert [text.get_text() for text in axes.texts] == ["75%"]
+
+
 class TestMain:
     @pytest.mark.slow
     def test_sweeps(self, main, tmp_path, capsys):
+        """All that is installed, each part and each table."""
         page = tmp_path / "page.md"
         page.write_text("before\n<!-- benchmark: begin -->\nold\n<!-- benchmark: end -->\nafter\n")
-        folder = main(peers="products,jax_loop", profile=False, docs=page, **TINY)
+        folder = main(docs=page, growth=True, growth_cells="3,5", growth_steps=2, **TINY)
         results = bnjax.load_results(folder / "results.zarr")
-        assert (results.speed > 0).all()
-        assert dict(results.speed.sizes) == {"workload": 1, "implementation": 4, "round": 2}
-        assert (results.first_result > 0).all()
+        peers = [name for name, peer in processes.PEERS.items() if processes.installed(peer)]
+        assert [*results.implementation.values] == [*processes.OURS, *peers, *processes.PARTS]
+        assert dict(results.speed.sizes) == {"workload": 1, "implementation": 7 + len(peers), "round": 2}
+        for name in ("speed", "first_result", "cell_seconds"):
+            assert (results[name] > 0).all()
+        assert (results.peak_memory > 100e6).all()
+        width = results.width.isel(workload=0)
+        assert width.sel(implementation="products_at_width") == width.sel(implementation="bnjax") > 0
         assert results.attrs["versions"]["jax"] == jax.__version__
+        assert {*results.attrs["not_installed"]} == {*processes.PEERS} - {*peers}
         assert (folder / "speed.png").stat().st_size > 10_000
         text = page.read_text()
         assert text.startswith("before\n<!-- benchmark: begin -->")
         assert text.endswith("<!-- benchmark: end -->\nafter\n")
         assert "old" not in text
-        assert "| 64-32x3-10, batch 32 |" in text
-        assert text.count("**") == 8  # four tables
-        assert "jitted JAX step" in capsys.readouterr().out
-
-    @pytest.mark.slow
-    def test_flax_and_parts(self):
-        found = speed.measure([workloads.SMALLEST], ["bnjax", "flax", "products_at_width", "shuffle"], **TINY)
-        assert (found.speed > 0).all()
-        width = found.width.isel(workload=0)
-        assert width.sel(implementation="products_at_width") == width.sel(implementation="bnjax") > 0
-
-    @pytest.mark.slow
-    def test_growth(self):
-        found = speed.growth([3], steps=2, rounds=2, seconds=0)
-        assert (found.cell_seconds > 0).all()
-        assert (found.peak_memory > 100e6).all()
-
-    @pytest.mark.slow
-    def test_torch(self):
-        pytest.importorskip("torch")
-        found = speed.measure([workloads.SMALLEST], ["torch", "torch_vmap"], **TINY)
-        assert (found.speed > 0).all()
+        assert "**64-32x3-10, batch 32**" in text
+        assert text.count("**") == 10  # five tables
+        assert (folder / "speed.md").read_text().count("**") == 10
+        printed = capsys.readouterr().out
+        assert "jitted JAX step" in printed
+        lines = printed[: printed.index("All measurements")].splitlines()
+        assert max(map(len, lines)) <= 80
 
     @pytest.mark.parametrize(
         ("options", "words"),
@@ -360,16 +397,15 @@ class TestProcesses:
 
 
 def test_without_a_terminal_progress_is_lines_that_say_what_is_left(monkeypatch, capsys):
-    benchmark = scripts.load("benchmark")
     monkeypatch.delenv("FORCE_COLOR", raising=False)  # it would be taken for a terminal
-    monkeypatch.setattr(benchmark, "LINE_SECONDS", -1)
-    with benchmark.progress_of(3) as tick:
+    monkeypatch.setattr(common, "LINE_SECONDS", -1)
+    with common.progress(3, "measuring") as tick:
         for _ in range(3):
             tick()
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(",")[0] for line in lines] == [f"{k}/3 measurements" for k in (1, 2, 3)]
+    assert [line.split(",")[0] for line in lines] == [f"measuring: {k} of 3" for k in (1, 2, 3)]
     assert lines[-1].endswith(" 0 s left")
-    monkeypatch.setattr(benchmark, "LINE_SECONDS", 60)
-    with benchmark.progress_of(1) as tick:
+    monkeypatch.setattr(common, "LINE_SECONDS", 60)
+    with common.progress(1, "measuring") as tick:
         tick()
     assert not capsys.readouterr().err

@@ -7,8 +7,8 @@ import scripts
 
 import bnjax
 from bnjax import batch_norm
+from experiments.benchmark import layers
 
-benchmark = scripts.load("benchmark")
 TINY = {"shapes": "8x4,2x3x3x4", "rounds": 2, "milliseconds": 0.1}
 
 
@@ -27,7 +27,7 @@ class TestBenchmark:
     @pytest.mark.slow
     @pytest.mark.parametrize("cells", [3, 1])
     def test_main(self, main, capsys, cells):
-        folder = main("benchmark", cells=cells, **TINY)
+        folder = main("benchmark.__main__", cells=cells, **TINY)
         results = bnjax.load_results(folder / "results.zarr")
         assert dict(results.sizes) == {"shape": 2, "implementation": 4, "round": 2}
         assert (results.seconds > 0).all()
@@ -39,17 +39,17 @@ class TestBenchmark:
 
     def test_residuals_are_no_larger_than_any(self):
         """Of a size that counts: what a feature keeps once, against what a sample does."""
-        arguments = benchmark.problem((64, 32), 1)[:3]
-        kept = {name: benchmark.residual_bytes(f, 1, *arguments) for name, f in benchmark.layers().items()}
+        arguments = layers.problem((64, 32), 1)[:3]
+        kept = {name: layers.residual_bytes(f, 1, *arguments) for name, f in layers.layers().items()}
         a_row = 4 * 32
         assert kept["bnjax"] <= min(kept.values()) + a_row
         assert kept["bnjax"] < 0.6 * min(kept["autodiff"], kept["flax"])
 
     def test_implementations_agree(self):
         """They are timed on the same task: outputs, statistics and gradients to float32's rounding."""
-        arguments = benchmark.problem((64, 8), 1)
+        arguments = layers.problem((64, 8), 1)
         expected, *others = (
-            jax.tree.leaves(jax.jit(benchmark.both_passes(layer))(*arguments)) for layer in benchmark.layers().values()
+            jax.tree.leaves(jax.jit(layers.both_passes(layer))(*arguments)) for layer in layers.layers().values()
         )
         assert len(others) == 3
         for found in others:
@@ -59,7 +59,7 @@ class TestBenchmark:
     @pytest.mark.parametrize("shape", ["8", "8x", "0x3", "axb", ""])
     def test_bad_shapes(self, main, shape):
         with pytest.raises(SystemExit, match=r"error: --shapes takes sizes such as .* got"):
-            main("benchmark", shapes=shape)
+            main("benchmark.__main__", shapes=shape)
 
     @pytest.mark.parametrize(
         "options", [{"shapes": f"4x{2**31}"}, {"rounds": 2**31}, {"workloads": "all", "growth_cells": f"1,{2**31}"}]
@@ -67,12 +67,12 @@ class TestBenchmark:
     def test_too_large(self, main, tmp_path, options):
         flag = [*options][-1]
         with pytest.raises(SystemExit, match=rf"error: --{flag} must be in .* got 2147483648"):
-            main("benchmark", **options)
+            main("benchmark.__main__", **options)
         assert not (tmp_path / "out").exists()
 
     def test_a_shape_given_twice(self, main):
         with pytest.raises(SystemExit, match="--shapes names a shape twice: 8x4,8X4"):
-            main("benchmark", shapes="8x4,8X4")
+            main("benchmark.__main__", shapes="8x4,8X4")
 
 
 class TestJacobianCheck:

@@ -16,8 +16,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import bnjax
-from experiments.workloads import workloads
-from experiments.workloads.workloads import Workload
+from experiments.benchmark import processes, workloads
+from experiments.benchmark.workloads import Workload
 
 Ready = tuple[Callable[[], int], dict[str, int]]  # (run, {what: how many})
 WIDTHS = (1, 2, 4, 8, 16)  # of the matrix products alone
@@ -43,11 +43,6 @@ def sgd(momentum: float | None = workloads.MOMENTUM) -> optax.GradientTransforma
     return optax.sgd(workloads.LEARNING_RATE, momentum=momentum)
 
 
-def cross_entropy(logits, labels):
-    """The mean loss."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
 def bnjax_sweep(
     w: Workload, cells: int, steps: int, seconds: float, *, evaluations: int = 1, width: int | None = None
 ) -> Ready:
@@ -59,24 +54,16 @@ def bnjax_sweep(
     config = bnjax.TrainConfig(steps, w.batch_size, eval_every=max(1, -(-steps // evaluations)))
     ds = bnjax.Dataset(*workloads.data(w))
     hyper = bnjax.Hyperparams(learning_rate=workloads.LEARNING_RATE, momentum=workloads.MOMENTUM)
-
-    known = {}
-    cells = max(cells, (width or 1) * jax.local_device_count())
+    cells, known = max(cells, (width or 1) * jax.local_device_count()), {}
 
     def run():
-        options = {"hyper": hyper, "width": width, "progress": False}
-        results = bnjax.sweep(model, ds, config, {"seed": range(cells)}, **options)
-        known["width"] = planned_width(results)
+        results = bnjax.sweep(model, ds, config, {"seed": range(cells)}, hyper=hyper, width=width, progress=False)
+        (plan,) = results.attrs["plan"].values()  # of the one model
+        known["width"] = plan["width"]
         return cells * steps
 
     ready, _ = repeated(run, seconds)
     return ready, known
-
-
-def planned_width(results) -> int:
-    """The width that a sweep of one model chose, from what it stored."""
-    (plan,) = results.attrs["plan"].values()
-    return plan["width"]
 
 
 def on_all_devices(function: Callable, same: int = 0) -> Callable:
@@ -166,23 +153,43 @@ def products(w: Workload, cells: int, steps: int, seconds: float) -> Ready:
 # What others write
 
 
-def flax_network(w: Workload):
-    """(init, step) of the network in flax.linen.
+def training_step(apply: Callable, optimizer: optax.GradientTransformation) -> Callable:
+    """(state, x, y) -> (state, loss), where the state is (params, batch_stats, opt_state).
 
-    init: key -> state, (params, batch_stats, opt_state); step: (state, x, y) -> (state, loss).
+    Args:
+      apply: (params, batch_stats, x) -> (logits, new batch_stats), in training mode.
+      optimizer: of the parameters.
     """
+
+    def step(state, x, y):
+        params, batch_stats, opt_state = state
+
+        def loss_fn(params):
+            logits, new = apply(params, batch_stats, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), new
+
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return (optax.apply_updates(params, updates), batch_stats, opt_state), loss
+
+    return step
+
+
+def flax_network(w: Workload) -> tuple[Callable, Callable]:
+    """(init, step) of the network in flax.linen: init is key -> state, for `training_step`."""
     import flax.linen as nn
+
+    he_normal = nn.initializers.he_normal()
+    normalization = partial(nn.BatchNorm, momentum=workloads.BN_MOMENTUM, epsilon=workloads.EPSILON)
 
     class Network(nn.Module):
         @nn.compact
         def __call__(self, x):
             for width in w.features:
-                x = nn.Dense(width, use_bias=False, kernel_init=nn.initializers.he_normal())(x)
-                x = nn.BatchNorm(use_running_average=False, momentum=workloads.BN_MOMENTUM, epsilon=workloads.EPSILON)(
-                    x
-                )
+                x = nn.Dense(width, use_bias=False, kernel_init=he_normal)(x)
+                x = normalization(use_running_average=False)(x)
                 x = getattr(nn, w.activation)(x)
-            return nn.Dense(w.sizes[-1], kernel_init=nn.initializers.he_normal())(x)
+            return nn.Dense(w.sizes[-1], kernel_init=he_normal)(x)
 
     network, optimizer = Network(), sgd()
 
@@ -190,34 +197,30 @@ def flax_network(w: Workload):
         variables = network.init(key, jnp.zeros((1, w.sizes[0])))
         return variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
 
-    def step(state, x, y):
-        params, batch_stats, opt_state = state
+    def apply(params, batch_stats, x):
+        logits, new = network.apply({"params": params, "batch_stats": batch_stats}, x, mutable=["batch_stats"])
+        return logits, new["batch_stats"]
 
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": batch_stats}
-            logits, new = network.apply(variables, x, mutable=["batch_stats"])
-            return cross_entropy(logits, y), new["batch_stats"]
+    return init, training_step(apply, optimizer)
 
-        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return (optax.apply_updates(params, updates), batch_stats, opt_state), loss
 
-    return init, step
+def training(init: Callable, step: Callable, same: int | None = None) -> Callable:
+    """(seed, x, y, order) -> the loss of each step: of the batches in order, or always of the first `same` examples."""
+
+    def train(seed, x, y, order):
+        def one(state, chosen):
+            return step(state, x[chosen], y[chosen]) if same is None else step(state, x[:same], y[:same])
+
+        return jax.lax.scan(one, init(jax.random.key(seed)), order)[1]
+
+    return train
 
 
 def flax(w: Workload, cells: int, steps: int, seconds: float) -> Ready:
     """jit(vmap(scan)) over all cells at once."""
-    init, step = flax_network(w)
     x, y, *_ = map(jnp.asarray, workloads.data(w))
     order = jnp.asarray(workloads.batches(w, steps))
-
-    def train(seed, x, y, order):
-        def one(state, chosen):
-            return step(state, x[chosen], y[chosen])
-
-        return jax.lax.scan(one, init(jax.random.key(seed)), order)[1]
-
-    program = jax.jit(jax.vmap(train, in_axes=(0, None, None, None)))
+    program = jax.jit(jax.vmap(training(*flax_network(w)), in_axes=(0, None, None, None)))
     seeds = jnp.arange(cells)
 
     def run():
@@ -236,18 +239,7 @@ def bnjax_network(w: Workload, *, norm: str = "batch", momentum: float | None = 
         params, batch_stats = model.init(key, (w.sizes[0],), 1.0)
         return params, batch_stats, optimizer.init(params)
 
-    def step(state, x, y):
-        params, batch_stats, opt_state = state
-
-        def loss_fn(params):
-            logits, new = model.apply(params, batch_stats, x, train=True)
-            return cross_entropy(logits, y), new
-
-        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return (optax.apply_updates(params, updates), batch_stats, opt_state), loss
-
-    return init, step
+    return init, training_step(partial(model.apply, train=True), optimizer)
 
 
 def jax_loop(w: Workload, cells: int, steps: int, seconds: float) -> Ready:
@@ -279,19 +271,11 @@ def part(w: Workload, cells: int, steps: int, seconds: float, *, name: str, widt
     """A sweep that does no more than the part of that name and those before it, on bnjax's devices at its width."""
     if name == "products_at_width":
         return repeated(products_at(w, steps, width), seconds, width=width)
-    has = PARTS[: PARTS.index(name) + 1]
-    init, step = bnjax_network(
-        w, norm="batch" if "batch_norm" in has else "none", momentum=workloads.MOMENTUM if "momentum" in has else None
-    )
-
-    def train(seed, x, y, order):
-        def one(state, chosen):
-            return step(state, x[chosen], y[chosen])
-
-        def same(state, _):
-            return step(state, x[: w.batch_size], y[: w.batch_size])
-
-        return jax.lax.scan(one if "shuffle" in has else same, init(jax.random.key(seed)), order)[1]
+    parts = [*processes.PARTS]
+    has = parts[: parts.index(name) + 1]
+    norm, momentum = "batch" if "batch_norm" in has else "none", workloads.MOMENTUM if "momentum" in has else None
+    network = bnjax_network(w, norm=norm, momentum=momentum)
+    train = training(*network, same=None if "shuffle" in has else w.batch_size)
 
     def group(seeds, *data):
         if width == 1:
@@ -301,7 +285,7 @@ def part(w: Workload, cells: int, steps: int, seconds: float, *, name: str, widt
     x, y, *_ = workloads.data(w)
     data = put((x, y, workloads.batches(w, steps)), split=False)
     chunk = width * jax.local_device_count()
-    chunks = [put(np.arange(start, start + chunk), split=True) for start in range(0, max(cells, 1), chunk)]
+    chunks = [put(np.arange(start, start + chunk), split=True) for start in range(0, cells, chunk)]
     program = on_all_devices(group, same=len(data))
 
     def run():
@@ -310,6 +294,3 @@ def part(w: Workload, cells: int, steps: int, seconds: float, *, name: str, widt
         return chunk * len(chunks) * steps
 
     return repeated(run, seconds)
-
-
-PARTS = ("products_at_width", "network", "momentum", "batch_norm", "shuffle")

@@ -29,49 +29,39 @@ class Implementation(NamedTuple):
     """One way of training the networks of a workload."""
 
     title: str
-    needs: str  # the package
-    kind: str  # of process; see above
     function: str  # module.function of this package, that makes a run ready
-    options: Mapping[str, Any] = {}
+    needs: str = "jax"  # the package
+    kind: str = "devices"  # of process; see above
+    options: Mapping[str, Any] = MappingProxyType({})
     crew: str | None = None  # those of one crew share their processes; None: they are its own
-
-
-def _part(title, name):
-    return Implementation(title, "jax", "devices", "jax_peers.part", {"name": name}, "parts")
 
 
 PEERS = MappingProxyType(
     {
-        "products": Implementation("products alone", "jax", "devices", "jax_peers.products"),
-        "flax": Implementation("Flax", "flax", "whole", "jax_peers.flax"),
-        "torch": Implementation("PyTorch eager", "torch", "per_core", "torch_peers.eager"),
-        "torch_vmap": Implementation("torch.func.vmap", "torch", "whole", "torch_peers.vmap"),
-        "jax_loop": Implementation("jitted JAX step", "jax", "per_core", "jax_peers.jax_loop"),
+        "products": Implementation("products alone", "jax_peers.products"),
+        "flax": Implementation("Flax", "jax_peers.flax", "flax", "whole"),
+        "torch": Implementation("PyTorch eager", "torch_peers.eager", "torch", "per_core"),
+        "torch_vmap": Implementation("torch.func.vmap", "torch_peers.vmap", "torch", "whole"),
+        "jax_loop": Implementation("jitted JAX step", "jax_peers.jax_loop", kind="per_core"),
     }
 )
+SWEEP = Implementation("bnjax.sweep", "jax_peers.bnjax_sweep")
 OURS = MappingProxyType(
-    {
-        "bnjax": Implementation("bnjax.sweep", "jax", "devices", "jax_peers.bnjax_sweep"),
-        "bnjax_evaluated": Implementation(
-            "evaluated 4 times", "jax", "devices", "jax_peers.bnjax_sweep", {"evaluations": 4}
-        ),
-    }
+    {"bnjax": SWEEP, "bnjax_evaluated": SWEEP._replace(title="evaluated 4 times", options={"evaluations": 4})}
 )
 WIDTHS = MappingProxyType(
-    {
-        f"width_{width}": Implementation(
-            f"width {width}", "jax", "devices", "jax_peers.bnjax_sweep", {"width": width}, "widths"
-        )
-        for width in (1, 2, 4, 8, 16)
-    }
+    {f"width_{n}": SWEEP._replace(title=f"width {n}", options={"width": n}, crew="widths") for n in (1, 2, 4, 8, 16)}
 )
 PARTS = MappingProxyType(
     {
-        "products_at_width": _part("the products, at the sweep's width", "products_at_width"),
-        "network": _part("+ activations, loss, plain SGD, initialization", "network"),
-        "momentum": _part("+ momentum", "momentum"),
-        "batch_norm": _part("+ batch normalization", "batch_norm"),
-        "shuffle": _part("+ shuffled batches", "shuffle"),
+        name: Implementation(title, "jax_peers.part", options={"name": name}, crew="parts")
+        for name, title in (
+            ("products_at_width", "+ at width"),
+            ("network", "+ network"),
+            ("momentum", "+ momentum"),
+            ("batch_norm", "+ BN"),
+            ("shuffle", "+ shuffle"),
+        )
     }
 )
 ALL = MappingProxyType({**OURS, **PEERS, **PARTS, **WIDTHS})
@@ -84,9 +74,7 @@ def installed(implementation: Implementation) -> bool:
 
 def cores() -> list[int]:
     """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
 
 
 @contextlib.contextmanager
@@ -95,16 +83,9 @@ def started(kind: str, **environment: str) -> Iterator[list[subprocess.Popen]]:
     count = len(cores()) if kind == "per_core" else 1
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)}
-    found = [
-        subprocess.Popen(
-            [sys.executable, "-m", "experiments.workloads.processes", kind, str(i)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        for i in range(count)
-    ]
+    command = [sys.executable, "-m", "experiments.benchmark.processes", kind]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    found = [subprocess.Popen([*command, str(i)], env=environment, **pipes) for i in range(count)]
     try:
         yield found
     finally:
@@ -155,12 +136,11 @@ def serve(kind: str, index: int) -> None:
 def _prepare(runs, kind, name, implementation, workload, **arguments):
     """Makes a run ready under a name, in the place of what had it before; what there is to know of it."""
     if kind == "devices":
-        _prepare_devices()
+        _module("common").prepare_process()
     module, function = ALL[implementation].function.split(".")
-    ready = getattr(import_module(f"experiments.workloads.{module}"), function)
+    ready = getattr(_module(f"benchmark.{module}"), function)
     runs.pop(name, None)
-    options = {**ALL[implementation].options, **arguments}
-    runs[name] = ready(_workload(workload), **options)
+    runs[name] = ready(_module("benchmark.workloads").ALL[workload], **ALL[implementation].options, **arguments)
     return runs[name][1]
 
 
@@ -181,11 +161,12 @@ def _first_sweep(runs, kind, workload, cells, steps):
 
     now = time.perf_counter()
     bnjax = import_module("bnjax")
-    _prepare_devices()
-    now = lap("import", now)
-    w = _workload(workload)
+    _module("common").prepare_process()
+    lap("import", now)
+    workloads = _module("benchmark.workloads")
+    w = workloads.ALL[workload]
     model = bnjax.mlp(w.features, w.sizes[-1], w.activation)
-    ds = bnjax.Dataset(*import_module("experiments.workloads.workloads").data(w))
+    ds = bnjax.Dataset(*workloads.data(w))
     config = bnjax.TrainConfig(steps, w.batch_size)
     now = time.perf_counter()
     for name in ("first sweep", "second sweep"):
@@ -205,12 +186,8 @@ def _peak_memory(runs, kind):
     return {"bytes": peak if sys.platform == "darwin" else 1024 * peak}
 
 
-def _prepare_devices():
-    import_module("experiments.common").prepare_process()
-
-
-def _workload(name):
-    return import_module("experiments.workloads.workloads").ALL[name]
+def _module(name):
+    return import_module(f"experiments.{name}")
 
 
 CALLS = {"prepare": _prepare, "run": _run, "first_sweep": _first_sweep, "peak_memory": _peak_memory}

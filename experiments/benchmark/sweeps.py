@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from bnjax import compilation
-from experiments.workloads import processes, workloads
+from experiments.benchmark import processes, workloads
 
 STAGES = ("import", "first sweep", "second sweep")
 CACHES = ("empty caches", "a later process")
@@ -47,7 +47,7 @@ def measure(
     steps: int | None,
     rounds: int,
     seconds: float,
-    tick: Callable[[], None] = lambda: None,
+    tick: Callable[[], None],
 ) -> xr.Dataset:
     """Trains the networks of each workload by each implementation, round by round.
 
@@ -64,34 +64,31 @@ def measure(
       `speed` [workload, implementation, round], cell-steps per second; `width` and `steps_taken`
       [workload, implementation], 0 where they say nothing; `cells`, `steps` [workload].
     """
+    sizes = [size(name, cells, steps) for name in names]
     speeds = np.full((len(names), len(implementations), rounds), np.nan)
     known = {key: np.zeros((len(names), len(implementations)), int) for key in ("width", "steps")}
     for i, workload in enumerate(names):
         with crews(implementations) as found:  # fresh ones, as users have
-            n, t = size(workload, cells, steps)
             for j, name in enumerate(implementations):
-                asked = {"workload": workload, "cells": n, "steps": t, "seconds": seconds}
+                asked = {"workload": workload, "cells": sizes[i][0], "steps": sizes[i][1], "seconds": seconds}
                 if name in processes.PARTS:
                     asked["width"] = int(known["width"][i, implementations.index("bnjax")])
-                run = {"name": name, "implementation": name}
-                answer = processes.ask(found[name], "prepare", **run, **asked)[0]
+                answer, *_ = processes.ask(found[name], "prepare", name=name, implementation=name, **asked)
                 for key, value in answer.items():
                     known[key][i, j] = value
                 tick()
             for k in range(rounds):
                 for j in np.roll(np.arange(len(implementations)), -k):  # nobody is always the first
-                    name = implementations[j]
-                    speeds[i, j, k] = speed(processes.ask(found[name], "run", name=name))
+                    speeds[i, j, k] = speed(processes.ask(found[implementations[j]], "run", name=implementations[j]))
                     tick()
-    sizes = np.array([size(name, cells, steps) for name in names])
     both = ("workload", "implementation")
     return xr.Dataset(
         {
             "speed": ((*both, "round"), speeds, {"units": "cell-steps / s"}),
             "width": (both, known["width"]),
             "steps_taken": (both, known["steps"]),
-            "cells": ("workload", sizes[:, 0]),
-            "steps": ("workload", sizes[:, 1]),
+            "cells": ("workload", [n for n, _ in sizes]),
+            "steps": ("workload", [t for _, t in sizes]),
         },
         {"workload": np.array(names, object), "implementation": np.array(implementations, object)},
     )
@@ -112,30 +109,17 @@ def first_result(name: str, cells: int | None, steps: int | None) -> xr.Dataset:
     )
 
 
-def growth(
-    grids: Sequence[int],
-    steps: int,
-    rounds: int,
-    seconds: float,
-    tick: Callable[[], None] = lambda: None,
-    workload: str = workloads.SMALLEST,
-) -> xr.Dataset:
-    """What a cell costs as the grid grows, and the memory that the whole takes.
+def growth(grids: Sequence[int], steps: int, rounds: int, seconds: float, tick: Callable[[], None]) -> xr.Dataset:
+    """The cost of a cell of the smallest workload as the grid grows, and the memory that the whole takes.
 
-    Args:
-      grids: numbers of cells.
-      steps: of each cell.
-      rounds: measurements of each, alternating.
-      seconds: about how long one is to take at least.
-      tick: called after each measurement, and each time one has been made ready.
-      workload: which networks.
+    Of grids of so many cells, by turns, with the other arguments of `measure`.
 
     Returns:
       `cell_seconds` [grid, grid_round]; `peak_memory` [grid] in bytes, each in a process of its own.
     """
-    found = np.full((len(grids), rounds), np.nan)
-    peaks = []
-    asked = {"implementation": "bnjax", "workload": workload}
+    found, peaks = np.full((len(grids), rounds), np.nan), []
+    asked = {"implementation": "bnjax", "workload": workloads.SMALLEST}
+    about = {"units": "s", "workload": workloads.SMALLEST, "steps": steps}
     for cells in grids:
         with processes.started("devices") as crew:
             processes.ask(crew, "prepare", name="", cells=cells, steps=2, seconds=0, **asked)
@@ -151,8 +135,8 @@ def growth(
                 tick()
     return xr.Dataset(
         {
-            "cell_seconds": (("grid", "grid_round"), found, {"units": "s", "workload": workload, "steps": steps}),
-            "peak_memory": ("grid", peaks, {"units": "B", "workload": workload}),
+            "cell_seconds": (("grid", "grid_round"), found, about),
+            "peak_memory": ("grid", peaks, about | {"units": "B"}),
         },
         {"grid": list(grids)},
     )
@@ -160,10 +144,8 @@ def growth(
 
 def machine() -> str:
     """The kind of processor, how many cores of it, and the memory."""
-    count = len(processes.cores())
-    try:
+    count, memory = len(processes.cores()), ""
+    with contextlib.suppress(ValueError, OSError, AttributeError):
         memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB of memory"
-    except (ValueError, OSError, AttributeError):
-        memory = ""
     name = compilation.processor().get("model name", "processor")
     return f"{name} ({compilation.isa()}), {count} core{'s' if count > 1 else ''}{memory}"

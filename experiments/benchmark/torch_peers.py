@@ -11,8 +11,8 @@ from torch import nn
 from torch.func import functional_call, grad_and_value, stack_module_state
 from torch.nn.functional import cross_entropy
 
-from experiments.workloads import workloads
-from experiments.workloads.workloads import Workload
+from experiments.benchmark import workloads
+from experiments.benchmark.workloads import Workload
 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid}
 

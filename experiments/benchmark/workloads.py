@@ -29,12 +29,6 @@ class Workload(NamedTuple):
         """Widths of the hidden layers."""
         return self.sizes[1:-1]
 
-    @property
-    def operations(self) -> int:
-        """Floating-point operations of one step's matrix products: forward, to the weights, to all inputs but x."""
-        weights = [i * o for i, o in zip(self.sizes, self.sizes[1:], strict=False)]
-        return 2 * self.batch_size * (3 * sum(weights) - weights[0])
-
 
 # Cells and steps: two to four seconds a measurement of bnjax on two cores.
 ALL = MappingProxyType(

@@ -1,0 +1,1 @@
+"""The speed of batch normalization's layer and of whole training sweeps, beside others."""

@@ -1,1 +1,0 @@
-"""Whole training sweeps, by bnjax and by others: what `experiments.benchmark --workloads` measures."""
