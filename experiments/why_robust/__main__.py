@@ -12,7 +12,7 @@
     depth       how deep a network still trains
 
 Networks are small (64 units per layer, Fashion-MNIST at 7 x 7 pixels, and XOR in 49 dimensions), so that grids are
-affordable. All controls take 2 minutes on 2 cores, and with --full some 15 times as long. Expect: features are learned
+affordable. All controls take 4 minutes on 2 cores, and with --full some 8 times as long. Expect: features are learned
 near scale 1, a readout does the work from 10 up; running statistics fail in short training; the dip is an overshoot of
 the first steps; training ends where it takes longer than the run to escape from zero.
 """

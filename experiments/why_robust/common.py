@@ -28,7 +28,7 @@ TINY = {"seeds": (0, 1), "init_scales": (1e-4, 1.0, 1e4), "layers": 2, "hidden_w
 class Settings:
     """Of all controls, but for what they say otherwise."""
 
-    seeds: tuple[int, ...] = setting((0, 1, 2), "Initialization seeds.", common.parse_seeds)
+    seeds: tuple[int, ...] = setting((0, 1, 2, 3, 4, 5), "Initialization seeds.", common.parse_seeds)
     init_scales: tuple[float, ...] = setting(
         tuple(common.parse_floats("", "1e-4:1e4:9")), "A list, or low:high:count for log spacing."
     )
