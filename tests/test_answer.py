@@ -1,5 +1,6 @@
 """Each number of docs/answer.md is one that its script judged or reported: docs/results/SCRIPT.json, or theory."""
 
+import dataclasses
 import json
 import math
 import re
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from bnjax.findings import verdict
 from bnjax.theory import mean_field
+from experiments.scale_laws import contrast
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = " ".join((DOCS / "answer.md").read_text().split())
@@ -243,3 +246,12 @@ def test_verdicts_are_as_the_page_has_them():
         for name, one in report["claims"].items():
             verdicts = {finding["verdict"] for finding in one["findings"]}
             assert verdicts <= {"supported"} or name in told, name
+
+
+@pytest.mark.slow
+def test_other_seeds_give_the_same_verdicts():
+    """Of the cheapest claim; the others were tried once."""
+    one = contrast.CLAIM
+    values = dataclasses.replace(one.quick, seeds=(10, 11, 12))
+    found = [verdict(finding) for finding in one.judge(one.measure(values, None), values)]
+    assert found == [finding["verdict"] for finding in findings("scale_laws", "contrast")]
