@@ -337,9 +337,3 @@ def command(script: str, **changes: Any) -> str:
     words = [flag.serialize() for flag in values if flag.present and flag.name not in changes]
     words += [f"--{name}={value}" for name, value in changes.items() if value is not None]
     return shlex.join(["python", "-m", f"experiments.{script}", *words])
-
-
-def console() -> Console:
-    """For tables: as wide as the terminal, and wide enough for a table where there is none."""
-    found = Console()
-    return found if found.is_terminal else Console(width=140)
