@@ -213,5 +213,8 @@ def first_line(error: Exception) -> str:
 
 
 def _write(results, store):
+    # Of texts, Zarr v3 specifies those of any length, as objects are written; numpy's have a fixed one.
+    texts = {name: one.astype(object) for name, one in results.variables.items() if one.dtype.kind == "U"}
+    results = results.assign(texts)
     encoding = {name: {"compressors": COMPRESSORS} for name in results.variables}
     results.to_zarr(store, mode="w", consolidated=False, zarr_format=3, encoding=encoding)

@@ -4,7 +4,8 @@ A layer is named as the model names it: a weight matrix by its path in `params` 
 `output`), an intermediate as `Model.layers` shows it (`hidden_0/preactivation`).
 
     kernels, weights                  weight matrices, of any `bnjax.Model`
-    signals, gradients, flow          its intermediates, and the gradients to them and to the matrices
+    signals, gradients, flow          its intermediates, and the gradients to them and to the matrices: their norms
+    derivatives                       the gradients themselves
     first_step                        what one step does to each weight matrix
     singular_values                   of the Jacobian between two intermediates, over the whole batch
     spread, stable_rank, angle        of arrays
@@ -394,6 +395,55 @@ def gradients(
         ByLayer((name, _norm(to_offsets[name])) for name in offsets),
         ByLayer((name, _norm(to_matrices[name])) for name in matrices),
     )
+
+
+class Derivatives(NamedTuple):
+    """Outputs, intermediates by name, and the gradients of a loss to all of a network, as arrays."""
+
+    outputs: jax.Array
+    intermediates: dict[str, jax.Array]
+    to_intermediates: dict[str, jax.Array]
+    to_params: PyTree
+    to_input: jax.Array  # of tokens, it has no numbers
+
+
+def derivatives(
+    model: Any,
+    params: PyTree,
+    batch_stats: PyTree,
+    x: Array,
+    loss: Callable[[jax.Array], jax.Array],
+    *,
+    train: bool = True,
+    extra: Mapping[str, Any] = MappingProxyType({}),
+) -> Derivatives:
+    """The gradients of which `gradients` takes norms, to all parameters and to the input as well.
+
+    Args:
+      model: the network.
+      params: of the network.
+      batch_stats: of the network.
+      x: the batch, [N, ...].
+      loss: a scalar function of the outputs.
+      train: with the batch's own statistics, or else the running ones.
+      extra: what the network takes as `Hyperparams.extra`.
+
+    Returns:
+      `Derivatives`.
+
+    Raises:
+      ValueError: for an x that the network does not take.
+    """
+    model = bound(as_model(model), extra)
+    offsets = dict(_offsets(model, params, batch_stats, x, train))
+
+    def loss_of(params, offsets, x):
+        outputs, shown = _layers(model)(params, batch_stats, x, offsets, train=train)
+        return loss(outputs), (outputs, dict(shown))
+
+    found, (outputs, shown) = jax.grad(loss_of, (0, 1, 2), has_aux=True, allow_int=True)(params, offsets, x)
+    to_params, to_intermediates, to_input = found
+    return Derivatives(outputs, shown, to_intermediates, to_params, to_input)
 
 
 class FirstStep(NamedTuple):

@@ -1,6 +1,7 @@
 """The multilayer perceptron against the same network written out by hand."""
 
 import inspect
+import json
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,24 @@ def test_config_tells_networks_apart():
     assert bnjax.mlp().config != bnjax.mlp(epsilon=1e-3).config
 
 
+def test_an_epsilon_for_each_layer():
+    """Each has its own; the derivative in it is that of differences; `config` is what JSON holds."""
+    x = jax.random.normal(KEY, (9, *SHAPE))
+    params, stats = bnjax.mlp((5, 4), 3).init(KEY, SHAPE, 1.0)
+
+    def outputs(epsilon):
+        return bnjax.mlp((5, 4), 3, epsilon=epsilon).apply(params, stats, x, train=True)[0]
+
+    np.testing.assert_allclose(outputs(np.array([0.1, 0.1])), outputs(0.1), rtol=1e-6)
+    assert np.abs(outputs(np.array([0.1, 0.3])) - outputs(0.1)).max() > 1e-3
+    slopes = jax.grad(lambda epsilon: outputs(epsilon)[:, 0].sum())(jnp.array([0.1, 0.3]))
+    for i, slope in enumerate(slopes):
+        step = 1e-2 * np.eye(2, dtype=np.float32)[i]
+        low, high = (outputs(np.float32([0.1, 0.3]) + sign * step)[:, 0].sum() for sign in (-1, 1))
+        np.testing.assert_allclose(slope, (high - low) / 2e-2, rtol=0.05, atol=1e-3)
+    assert json.loads(json.dumps(bnjax.mlp((5, 4), epsilon=np.float32([0.5, 0.25])).config))["epsilon"] == [0.5, 0.25]
+
+
 def test_no_hidden_layer_is_a_linear_classifier():
     params, stats = bnjax.mlp((), 3).init(KEY, SHAPE, 1.0)
     assert list(params) == ["output"]
@@ -199,6 +218,8 @@ def test_no_hidden_layer_is_a_linear_classifier():
         ({"num_outputs": 0}, "num_outputs must be at least 1, got 0"),
         ({"epsilon": -1.0}, "epsilon must be >= 0 and finite, got -1.0"),
         ({"epsilon": float("inf")}, "epsilon must be >= 0 and finite, got inf"),
+        ({"epsilon": np.array([0.1, -1.0, 0.1])}, "epsilon must be >= 0 and finite, got -1.0"),
+        ({"epsilon": np.array([0.1, 0.1])}, r"one number or one for each of 3 hidden layers, got shape \(2,\)"),
         ({"momentum": 2.0}, "momentum .* got 2.0"),
     ],
 )

@@ -269,6 +269,26 @@ def slopes(model, x, loss, scales):
     return jax.tree.map(lambda v: np.polyfit(np.log10(scales), np.log10(np.asarray(v)), 1)[0], found)
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_derivatives(train):
+    """Those of `jax.grad`, whose norms are those of `gradients`; and the outputs and intermediates themselves."""
+    model, params, stats, x = network()
+    loss, _ = cotangent()
+
+    def loss_of(params, x):
+        return loss(model.apply(params, stats, x, train=train)[0])
+
+    found = jax.jit(lambda *a: probes.derivatives(model, *a, loss, train=train))(params, stats, x)
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, (found.to_params, found.to_input), jax.grad(loss_of, (0, 1))(params, x))
+    jax.tree.map(close, (found.outputs, found.intermediates), model.layers(params, stats, x, {}, train=train))
+    norms = gradients(model, params, stats, x, loss, train=train)
+    for name, norm in norms.intermediates.items():
+        close(np.linalg.norm(found.to_intermediates[name]), norm)
+    for name, norm in norms.weights.items():
+        close(np.linalg.norm(found.to_params[name]["kernel"]), norm)
+
+
 class TestSingularValues:
     def test_is_the_closed_form_of_a_block(self, x64):
         model, params, stats, x = network()

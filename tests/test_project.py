@@ -67,6 +67,7 @@ ORDER = [
     "sweeps.layout",
     "sweeps.store",
     "sweeps.run",
+    "analysis.curves",
     "analysis.robustness",
     "plots",
     "__init__",

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from bnjax import activations, batch_norm, initializers
 from bnjax.choices import check
-from bnjax.types import Model
+from bnjax.types import Array, Model
 
 NORMS = ("batch", "none")
 NORM_POSITIONS = ("before_activation", "after_activation")
@@ -32,7 +32,7 @@ def mlp(
     norm_position: str = "before_activation",
     initializer: str = "he_normal",
     *,
-    epsilon: float = 1e-5,
+    epsilon: float | Array = 1e-5,
     momentum: float | None = 0.9,
     scaled_layers: str = "hidden",
     freeze_hidden: bool = False,
@@ -48,7 +48,7 @@ def mlp(
       norm: of the hidden layers: "batch" or "none".
       norm_position: "before_activation" or "after_activation".
       initializer: of all kernels, by name (`bnjax.initializers`).
-      epsilon: batch normalization's, inside the square root.
+      epsilon: batch normalization's, inside the square root; or an array, one for each hidden layer. It may be traced.
       momentum: batch normalization's weight of the old running statistics.
       scaled_layers: which kernels `init_scale` multiplies: "hidden", or "all" for the output layer's too.
       freeze_hidden: keep the hidden kernels at their initial draw. Biases, batch normalization's scale
@@ -68,7 +68,13 @@ def mlp(
         raise ValueError(f"features must be positive widths, got {features}")
     if num_outputs < 1:
         raise ValueError(f"num_outputs must be at least 1, got {num_outputs}")
-    batch_norm.check_epsilon(epsilon)
+    if jnp.shape(epsilon) not in ((), (len(features),)):
+        raise ValueError(
+            f"epsilon must be one number or one for each of {len(features)} hidden layers, got shape {epsilon.shape}"
+        )
+    epsilons = list(epsilon) if jnp.ndim(epsilon) else [epsilon] * len(features)
+    for one in epsilons:
+        batch_norm.check_epsilon(one)
     batch_norm.check_detach(detach)
     if momentum is not None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum (of the running statistics) must be None or in [0, 1], got {momentum}")
@@ -80,6 +86,7 @@ def mlp(
     if use_bias is None:
         use_bias = norm == "none" or norm_position == "after_activation"
     hidden = tuple(f"hidden_{i}" for i in range(len(features)))
+    epsilon_of = dict(zip(hidden, epsilons, strict=True))
 
     def init(key, input_shape, init_scale=1.0):
         params, batch_stats = {}, {}
@@ -112,7 +119,7 @@ def mlp(
                 x,
                 train=train,
                 momentum=momentum,
-                epsilon=epsilon,
+                epsilon=epsilon_of[name],
                 detach=detach,
             )
             return show(f"{name}/norm", y)
@@ -151,7 +158,9 @@ def mlp(
         "norm": norm,
         "norm_position": norm_position,
         "initializer": initializer,
-        "epsilon": epsilon,
+        "epsilon": [e if isinstance(e, jax.core.Tracer) else float(e) for e in epsilons]
+        if jnp.ndim(epsilon)
+        else epsilon,
         "momentum": momentum,
         "scaled_layers": scaled_layers,
         "freeze_hidden": freeze_hidden,

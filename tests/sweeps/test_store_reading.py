@@ -359,3 +359,13 @@ def test_a_store_of_zarr_is_not_overwritten_silently(tmp_path):
         with contextlib.closing(xr.open_zarr(place, consolidated=False)) as opened:
             xr.testing.assert_identical(opened.load(), results)
         bnjax.save_results(results, place, overwrite=True)
+
+
+@pytest.mark.filterwarnings("error")
+def test_texts_are_of_any_length(tmp_path):
+    """Numpy's, of a fixed length, which Zarr v3 does not specify, are stored as those of any."""
+    names = xr.Dataset({"phase": ("network", ["ordered", "chaotic"])}, {"network": ["a", "long"]})
+    bnjax.save_results(names, tmp_path / "names.zarr")
+    loaded = bnjax.load_results(tmp_path / "names.zarr")
+    xr.testing.assert_equal(loaded, names)
+    assert "network" in loaded.coords
