@@ -55,7 +55,7 @@ class Claim(Generic[S]):
     tiny: S
     measure: Callable[[S, bnjax.Dataset | None], xr.Dataset]
     judge: Callable[[xr.Dataset, S], list[Finding]]
-    figure: Callable[[xr.Dataset, S], Any]
+    figure: Callable[[xr.Dataset, S], Any] = lambda results, settings: None
     must_hold: bool = False
     share: float | int = 1
     tables: Callable[[xr.Dataset, S], Sequence[table.Table]] = lambda results, settings: ()

@@ -11,20 +11,6 @@ from bnjax.findings import verdict
 from experiments.mean_field import chaos, common, epsilon, growth
 
 
-def test_limit():
-    """Means on a line in 1 / width are recovered; a width alone gives the median."""
-    rng = np.random.default_rng(0)
-    noise = rng.normal(size=(1000, 1)) * [0.1, 0.2]
-    noise -= noise.mean(0)
-    slopes = np.array([3, -5])
-    value, error = common.limit([64, 128], [1, 2] + slopes / 64 + noise, [1, 2] + slopes / 128 + noise)
-    np.testing.assert_allclose(value, [1, 2], rtol=1e-12)
-    np.testing.assert_allclose(error, np.array([0.1, 0.2]) * np.sqrt(5 / 1000), rtol=0.1)
-    median, error = common.limit([64], 1 + noise)
-    np.testing.assert_allclose(median, np.median(1 + noise, 0))
-    np.testing.assert_allclose(error, np.array([0.1, 0.2]) * np.sqrt(np.pi / 2 / 1000), rtol=0.2)
-
-
 def growth_of(infinite, theory, z):
     """Made-up results at batch sizes 5, 6 and 8."""
     both = ("activation", "batch_size")

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import numpy as np
+import optax
 import pytest
 import scripts
 import xarray as xr
@@ -12,9 +13,9 @@ import xarray as xr
 import bnjax
 from bnjax.findings import verdict
 from experiments.scale_laws import contrast, epsilon, laws, networks, one_step, rounding, trajectories
-from experiments.scale_laws.common import TINY, Settings
+from experiments.scale_laws.common import Settings
 
-hidden = networks.hidden
+TINY = laws.CLAIM.tiny
 SETTINGS = Settings(depth=3, width=12, batch_size=16, seeds=(3,))
 DEPTH = SETTINGS.depth
 ALL_EXPONENTS = range(-60, 61)
@@ -23,30 +24,28 @@ FACTORS = (0.1, 2**0.5, 3.0, 10.0)
 
 
 def a_problem(dtype=np.float32):
-    return networks.cast(networks.problem(SETTINGS, 3)._replace(seed=1), dtype)
+    return networks.problem(SETTINGS, 3)._replace(seed=1).cast(dtype)
 
 
-def layers_of_epsilon(activation):
-    return networks.layers_of_epsilon(dataclasses.replace(SETTINGS, activation=activation))
+def traced(activation):
+    return networks.network(SETTINGS, activation, epsilon=None)
 
 
 @functools.cache  # compiled once for all tests
 def a_program(activation, epsilon=0.0, norm="batch"):
-    """Of `bnjax.mlp` at epsilon 0, else of the network whose epsilon is traced."""
-    if epsilon:
-        return networks.program(layers_of_epsilon(activation))
-    return networks.program(networks.mlp_layers(SETTINGS, activation, norm))
+    """At epsilon 0, else of the network whose epsilon is traced."""
+    return networks.program(traced(activation) if epsilon else networks.network(SETTINGS, activation, norm))
 
 
 @functools.cache
 def a_trainer(norm="batch"):
     activation = "relu" if norm == "batch" else "tanh"
-    return trajectories.trainer(networks.mlp_layers(SETTINGS, activation, norm), SETTINGS.batch_size)
+    return trajectories.trainer(networks.network(SETTINGS, activation, norm), SETTINGS.batch_size)
 
 
-def deviations(*args):
+def deviations(run, p, epsilon, factors):
     """([scaled, law, factor], [scaled, factor] crossed)."""
-    found = one_step.measure_laws(*args).isel(epsilon=0)
+    found = one_step.measure_laws(run, p.at(epsilon), factors)
     return found.deviation.values, found.crossed.values
 
 
@@ -71,7 +70,7 @@ class TestPowersOfTwo:
     @pytest.mark.slow
     def test_bitwise_in_float64(self, x64):
         run, p = a_program("tanh"), a_problem(np.float64)
-        assert run(p, np.zeros(DEPTH)).outputs.dtype == np.float64
+        assert run(p).outputs.dtype == np.float64
         found, _ = deviations(run, p, 0.0, [2.0**k for k in SOME_EXPONENTS])
         assert (found == 0).all()
 
@@ -88,9 +87,9 @@ class TestPowersOfTwo:
         assert (found > 1e-3).all()
 
     def test_no_law_at_a_fixed_epsilon(self):
-        """Where epsilon is not scaled along, which `mlp_layers` cannot, every law but for its last bits is lost."""
-        layers = networks.mlp_layers(SETTINGS, "tanh", epsilon=1e-2)
-        found, _ = deviations(networks.program(layers), a_problem(), 0.0, [0.5, 2.0])
+        """Where epsilon is not scaled along, every law but for its last bits is lost."""
+        fixed = networks.network(SETTINGS, "tanh", epsilon=1e-2)
+        found, _ = deviations(networks.program(fixed), a_problem(), 0.0, [0.5, 2.0])
         assert (found > 1e-4).all()
 
 
@@ -105,7 +104,7 @@ class TestOtherFactors:
         """
         run, p = a_program(activation), a_problem()
         found, crossed = deviations(run, p, 0.0, FACTORS)
-        error = np.array(one_step.rounding_errors(run, p, 0.0))
+        error = np.array(one_step.rounding_errors(run, p))
         assert (crossed == 0).all() or activation != "relu"
         assert (error < 3e-6).all()
         assert (found > 0).any((0, 2)).all()
@@ -143,17 +142,21 @@ class TestNetwork:
     @pytest.mark.parametrize("value", [0.3, *(pytest.param(e, marks=pytest.mark.slow) for e in (0.0, 1e-5))])
     def test_a_traced_epsilon_is_that_of_mlp(self, value):
         """Outputs and all derivatives, in float32: to rounding, as the programs are not the same."""
-        p = a_problem()
-        fixed = networks.program(networks.mlp_layers(SETTINGS, "tanh", epsilon=value))
-        traced = a_program("tanh", 0.1)
-        found, expected = (run(p, np.full(DEPTH, value)) for run in (traced, fixed))
-        assert sorted(found.shown) == sorted(expected.shown)
-        for name in ("outputs", "shown", "to_params", "to_shown"):
-            jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-                getattr(found, name),
-                getattr(expected, name),
-            )
+        fixed = networks.program(networks.network(SETTINGS, "tanh", epsilon=value))
+        found, expected = (run(a_problem().at(value)) for run in (a_program("tanh", 0.1), fixed))
+        assert (found.to_params.pop("epsilon") != 0).all()
+        assert (expected.to_params.pop("epsilon") == 0).all()  # a constant
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected)
+
+    def test_scaled(self):
+        """W -> a W and epsilon -> a^2 epsilon in the named layers, and in no others."""
+        p = a_problem().at(0.1)
+        new = p.scaled(["hidden_1"], 3.0)
+        np.testing.assert_allclose(new.epsilon, [0.1, 0.9, 0.1], rtol=1e-15)
+        changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), new.params, p.params)
+        np.testing.assert_array_equal(new.params["hidden_1"]["kernel"], 3 * p.params["hidden_1"]["kernel"])
+        assert changed["hidden_1"].pop("kernel")
+        assert not any(jax.tree.leaves(changed))
 
     def test_deviation(self):
         x = np.float32([3.0, 4.0])
@@ -172,20 +175,20 @@ class TestTrajectories:
         """With momentum, for all layers and for each alone; |W| must have moved, else nothing is tested."""
         train, p = a_trainer(), a_problem()
         hyper = trajectories.Hyper(0.1, 0.9, decay)
-        for names in one_step.scaled_sets(DEPTH).values():
-            found = trajectories.trajectories(train, p, names, 0.0, [2.0**-60, 0.5, 2.0**60], hyper, self.STEPS)
-            assert (found.deviation == 0).all()
-            assert (found.crossed == 0).all()
-            assert found.first_step > 1e-4
-            assert abs(found.norm[-1] - 1) > 1e-3
+        for names in one_step.scaled_sets(SETTINGS.hidden).values():
+            found = trajectories.trajectories(train, p, names, [2.0**-60, 0.5, 2.0**60], hyper, self.STEPS)
+            assert (found.trajectory == 0).all()
+            assert (found.trajectory_crossed == 0).all()
+            assert found.trajectory_first_step > 1e-4
+            assert abs(found.trajectory_norm[-1] - 1) > 1e-3
 
     @pytest.mark.slow
     def test_bitwise_with_epsilon(self):
-        train = trajectories.trainer(layers_of_epsilon("tanh"), SETTINGS.batch_size)
+        train = trajectories.trainer(traced("tanh"), SETTINGS.batch_size)
         hyper = trajectories.Hyper(0.1, 0.9, 0.02)
         factors = [2.0**-60, 2.0**60]
-        found = trajectories.trajectories(train, a_problem(), hidden(DEPTH), 0.1, factors, hyper, self.STEPS)
-        assert (found.deviation == 0).all()
+        found = trajectories.trajectories(train, a_problem().at(0.1), SETTINGS.hidden, factors, hyper, self.STEPS)
+        assert (found.trajectory == 0).all()
 
     @pytest.mark.parametrize("wrong", ["learning_rate", "weight_decay"])
     def test_either_rate_left_unscaled_breaks_it(self, wrong, monkeypatch):
@@ -194,27 +197,27 @@ class TestTrajectories:
             trajectories.Hyper, "_replace", lambda self, **new: replace(self, **(new | {wrong: getattr(self, wrong)}))
         )
         hyper = trajectories.Hyper(0.1, 0.9, 0.02)
-        found = trajectories.trajectories(a_trainer(), a_problem(), hidden(DEPTH), 0.0, [2.0], hyper, self.STEPS)
-        assert found.deviation[0, -1] > 1e-3
+        found = trajectories.trajectories(a_trainer(), a_problem(), SETTINGS.hidden, [2.0], hyper, self.STEPS)
+        assert found.trajectory[0, -1] > 1e-3
 
     @pytest.mark.slow
     def test_breaks_without_normalization(self):
         train = a_trainer(norm="none")
         hyper = trajectories.Hyper(0.01, 0.9, 0.0)
-        found = trajectories.trajectories(train, a_problem(), ["hidden_1"], 0.0, [2.0], hyper, self.STEPS)
-        assert found.deviation[0, -1] > 1e-3
+        found = trajectories.trajectories(train, a_problem(), ["hidden_1"], [2.0], hyper, self.STEPS)
+        assert found.trajectory[0, -1] > 1e-3
 
     def test_rounding_of_one_step(self):
         """W is rounded in a W and in the sum with the update, 2^-24 at most each, in each of two runs."""
         hyper = trajectories.Hyper(0.1, 0.9, 0.02)
-        found = trajectories.trajectories(a_trainer(), a_problem(), hidden(DEPTH), 0.0, FACTORS, hyper, self.STEPS)
-        assert (found.deviation[:, 0] > 0).all()
-        assert (found.deviation[:, 0] < 4 * (2**-24 + found.first_step * 3e-6)).all()
-        assert (found.deviation[:, -1] > found.deviation[:, 0]).all()
+        found = trajectories.trajectories(a_trainer(), a_problem(), SETTINGS.hidden, FACTORS, hyper, self.STEPS)
+        assert (found.trajectory[:, 0] > 0).all()
+        assert (found.trajectory[:, 0] < 4 * (2**-24 + found.trajectory_first_step * 3e-6)).all()
+        assert (found.trajectory[:, -1] > found.trajectory[:, 0]).all()
 
     def test_training_that_is_not_finite(self):
         settings = dataclasses.replace(SETTINGS, learning_rate=1e30)
-        rest = a_problem(), hidden(DEPTH), 0.0, [3.0], settings, self.STEPS
+        rest = a_problem(), SETTINGS.hidden, [3.0], settings, self.STEPS
         with pytest.raises(ValueError, match=r"training at a = 1 is not finite: --learning_rate=1e\+30 is too large"):
             trajectories.each_decay(a_trainer(), *rest)
         found = trajectories.each_decay(a_trainer(), *rest, normed=False)
@@ -225,53 +228,56 @@ class TestTrajectories:
         p = a_problem()
         names = ["hidden_0", "hidden_2"]
         rates = trajectories.Hyper(0.1, 0.9, 0.02)
-        (*_, (params, _)) = a_trainer()(p, names, np.zeros(DEPTH), rates, self.STEPS)
+        (*_, (params, _)) = a_trainer()(p, names, rates, self.STEPS)
         changed = jax.tree.map(lambda new, old: not np.array_equal(new, old), params, p.params)
         trained = {name: changed[name].pop("kernel") for name in names}
         assert all(trained.values())
         assert not any(jax.tree.leaves(changed))
 
-    def test_optimizer_is_sgd_with_momentum_and_decay(self):
-        """Two steps by hand: v <- m v + g + wd W, W <- W - lr v."""
-        W, g1, g2 = np.float32([1.0, -2.0]), np.float32([0.5, 1.0]), np.float32([-1.0, 3.0])
-        params = {"on": W, "off": W}
-        rule = trajectories.optimizer(trajectories.Hyper(0.1, 0.9, 0.02), {"on": np.True_, "off": np.False_})
-        state = rule.init(params)
-        velocity, expected = 0, W
-        for g in (g1, g2):
-            updates, state = rule.update({"on": g, "off": g}, state, params)
-            params = jax.tree.map(np.add, params, updates)
-            velocity = 0.9 * velocity + g + 0.02 * expected
-            expected = expected - 0.1 * velocity
-        np.testing.assert_allclose(params["on"], expected, rtol=1e-6)
-        np.testing.assert_array_equal(params["off"], W)
+    def test_sgd_has_momentum_and_decay(self):
+        """Three steps as optax's, and bit for bit none where nothing is trained."""
+        rng = np.random.default_rng(0)
+        start = expected = params = {"on": np.float32([1.0, -2.0]), "off": np.float32([1.0, -2.0])}
+        hyper, trained = trajectories.Hyper(0.1, 0.9, 0.02), {"on": np.True_, "off": np.False_}
+        rule = optax.chain(optax.add_decayed_weights(0.02), optax.sgd(0.1, momentum=0.9))
+        state, velocity = rule.init(params), jax.tree.map(np.zeros_like, params)
+        for _ in range(3):
+            gradients = {name: np.float32(rng.normal(size=2)) for name in params}
+            updates, state = rule.update(gradients, state, expected)
+            expected = jax.tree.map(np.add, expected, updates)
+            params, velocity = trajectories.sgd(hyper, trained, params, velocity, gradients)
+        np.testing.assert_allclose(params["on"], expected["on"], rtol=1e-6)
+        np.testing.assert_array_equal(params["off"], start["off"])
+
+    def growth(self, curves, crossed=None):
+        curves = np.asarray(curves, float)
+        deviations = xr.DataArray(curves, dims=("factor", "step"), coords={"step": np.arange(1, curves.shape[1] + 1)})
+        return rounding.growth(deviations, xr.zeros_like(deviations[0], bool) if crossed is None else crossed)
 
     def test_growth(self):
         """Which law, at which rate, from curves that follow one, up to the first kink."""
-        steps = np.arange(1, 101)
-        never, nan = np.zeros(100, bool), np.nan
-        power = rounding.growth(1e-8 * steps[None] ** 1.5, never, steps)
-        np.testing.assert_allclose(power["step_power"], 1.5)
-        np.testing.assert_array_equal(power["steps_to_e"], nan)
-        assert (power["fit_start"], power["fit_end"]) == (34, 100)
-        assert np.isnan(power["kink_step"])
-        curves = np.stack([1e-8 * np.exp(r * steps) for r in (0.1, 0.05)])
-        fast = rounding.growth(np.vstack([curves, np.full(100, nan)]), steps > 60, steps)  # the last a was not run
-        np.testing.assert_allclose(fast["steps_to_e"], [10, 20, nan])
-        np.testing.assert_array_equal(fast["step_power"], nan)
-        assert (fast["fit_start"], fast["fit_end"], fast["kink_step"]) == (21, 60, 61)
-        assert (fast["kink_before"], fast["kink_at"]) == (curves[0, 59], curves[0, 60])
-        large = rounding.growth(1e-4 * steps[None].astype(float), never, steps)  # at 1e-2 and above it is not small
-        assert large["fit_end"] == 100
-        assert rounding.growth(2e-4 * steps[None].astype(float), never, steps)["fit_end"] == 50
-        few = rounding.growth(np.ones((1, 5)), never[:5], steps[:5])
-        assert np.isnan([*few["step_power"], *few["steps_to_e"], few["fit_start"]]).all()
+        steps, nan = xr.DataArray(np.arange(1, 101), dims="step"), np.nan
+        power = self.growth(1e-8 * steps.values[None] ** 1.5)
+        np.testing.assert_allclose(power.step_power, [1.5])
+        np.testing.assert_array_equal(power.steps_to_e, [nan])
+        assert (power.fit_start, power.fit_end) == (34, 100)
+        assert np.isnan(power.kink_step)
+        curves = np.stack([1e-8 * np.exp(r * steps.values) for r in (0.1, 0.05)])
+        fast = self.growth(np.vstack([curves, np.full(100, nan)]), steps > 60)  # the last a was not run
+        np.testing.assert_allclose(fast.steps_to_e, [10, 20, nan])
+        np.testing.assert_array_equal(fast.step_power, [nan] * 3)
+        assert (fast.fit_start, fast.fit_end, fast.kink_step) == (21, 60, 61)
+        assert (fast.kink_before, fast.kink_at) == (curves[0, 59], curves[0, 60])
+        assert self.growth(1e-4 * steps.values[None]).fit_end == 100  # at 1e-2 and above it is not small
+        assert self.growth(2e-4 * steps.values[None]).fit_end == 50
+        few = self.growth(np.ones((1, 5)))
+        assert np.isnan([*few.step_power, *few.steps_to_e, few.fit_start]).all()
 
 
 class TestFixedEpsilon:
     def response(self, activation, value, factors):
-        fixed = networks.program(networks.mlp_layers(SETTINGS, activation, epsilon=value))
-        return epsilon.response(fixed, layers_of_epsilon(activation), a_problem(), value, factors)
+        fixed = networks.program(networks.network(SETTINGS, activation, epsilon=value))
+        return epsilon.response(fixed, traced(activation), a_problem(), value, factors)
 
     def test_predicted(self):
         """Exactly at epsilon / a^2, however far; to first order with an error that falls as the change's square."""
@@ -304,9 +310,9 @@ class TestFixedEpsilon:
     @pytest.mark.parametrize("activation", ["relu", pytest.param("tanh", marks=pytest.mark.slow)])
     def test_inner_products(self, activation):
         """<W, dL/dW> = -2 epsilon dL/d epsilon = epsilon sum delta x_hat / sigma^2, sign and size, in each layer."""
-        fixed = networks.program(networks.mlp_layers(SETTINGS, activation, epsilon=0.05))
-        traced = a_program(activation, 0.1)
-        inner, by_epsilon, by_sum = epsilon.inner_products(fixed, traced, a_problem(), 0.05)
+        fixed = networks.program(networks.network(SETTINGS, activation, epsilon=0.05))
+        run = a_program(activation, 0.1)
+        inner, by_epsilon, by_sum = epsilon.inner_products(fixed, run, a_problem(), 0.05)
         assert np.abs(inner).min() > 1e-4
         np.testing.assert_allclose(by_epsilon, inner, rtol=1e-9)
         np.testing.assert_allclose(by_sum, inner, rtol=1e-9)

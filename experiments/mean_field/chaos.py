@@ -1,5 +1,6 @@
 """Growth of gradients in networks without normalization: chi_1."""
 
+import itertools
 import math
 
 import jax
@@ -44,18 +45,13 @@ def measure(settings: common.Wide, ds: bnjax.Dataset | None) -> xr.Dataset:
         return common.over_seeds(one, seeds, *arguments, common.orthonormal(8, width))
 
     limits = common.limits(run, [(settings.widths, name) for name in theory], "chaos")
-    fixed = [one for found in theory.values() for one in found]
-    columns = {
-        "activation": np.array([name for name, found in theory.items() for _ in found], object),
-        "weight_std": np.concatenate(list(WEIGHT_STDS.values())),
-        "phase": np.array([one.phase for one in fixed], object),
-        "theory": np.array([one.chi_1 for one in fixed]),
-        "xi_grad": np.array([one.xi_grad for one in fixed]),
-        "measured": np.concatenate([one[0] for one in limits]),
-        "error": np.concatenate([one[1] for one in limits]),
-    }
-    columns["z"] = (columns["measured"] - columns["theory"]) / columns["error"]
-    return xr.Dataset({name: ("case", values) for name, values in columns.items()})
+    cases = [(name, std) for name, stds in WEIGHT_STDS.items() for std in stds]
+    fixed = [(one.phase, one.chi_1, one.xi_grad) for found in theory.values() for one in found]
+    names = "activation", "weight_std", "phase", "theory", "xi_grad", "measured", "error"
+    columns = zip(*cases, strict=True), zip(*fixed, strict=True), np.concatenate(limits, -1)
+    columns = dict(zip(names, map(list, itertools.chain(*columns)), strict=True))
+    results = xr.Dataset({name: ("case", values) for name, values in columns.items()})
+    return results.assign(z=(results.measured - results.theory) / results.error)
 
 
 def judge(results: xr.Dataset, settings: common.Wide) -> list[Finding]:
@@ -78,14 +74,7 @@ CLAIM = Claim(
     name="chaos",
     question="Do gradients grow by chi_1 per layer in networks without batch normalization?",
     source="Poole et al. 2016, Schoenholz et al. 2017.",
-    settings=common.Wide,
-    quick=common.Wide(),
-    full=common.Wide(),
+    settings=common.Wide, quick=common.Wide(), full=common.Wide(),
     tiny=common.Wide(epsilon_width=64, epsilon_seeds=tuple(range(16))),
-    measure=measure,
-    judge=judge,
-    tables=tables,
-    figure=lambda results, settings: None,
-    must_hold=True,
-    share=0.3,
-)
+    measure=measure, judge=judge, tables=tables, must_hold=True, share=0.3,
+)  # fmt: skip

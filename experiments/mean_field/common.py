@@ -1,9 +1,8 @@
 """What the parts share: gradients of many networks, and what their means say about networks of infinite width."""
 
 import dataclasses
-import functools
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +11,8 @@ import numpy as np
 import xarray as xr
 
 import bnjax
-from bnjax import activations, choices, plots
+from bnjax import activations, choices, plots, probes
+from bnjax.analysis import curves
 from bnjax.findings import Check, Finding
 from experiments.common import on_all_devices, parse_seeds
 from experiments.settings import at_least, check_axis, require, setting
@@ -62,16 +62,10 @@ def orthonormal(rows: int, columns: int) -> np.ndarray:
 
 
 def squared_gradients(model: bnjax.Model, params, stats, x, cotangent):
-    """Squared norms of the gradient of sum(outputs * cotangent) to each pre-activation [L], and the layers shown."""
+    """Squared norms of the gradient of sum(outputs * cotangent) to each pre-activation [L], and all intermediates."""
+    found = probes.derivatives(model, params, stats, x, lambda outputs: (outputs * cotangent).sum())
     names = [f"{name}/preactivation" for name in params if name != "output"]
-    zeros = {name: jnp.zeros((len(x), cotangent.shape[1])) for name in names}
-
-    def objective(offsets):
-        outputs, shown = model.layers(params, stats, x, offsets, train=True)
-        return (outputs * cotangent).sum(), shown
-
-    gradients, shown = jax.grad(objective, has_aux=True)(zeros)
-    return jnp.stack([(gradients[name] ** 2).sum() for name in names]), shown
+    return jnp.stack([(found.to_intermediates[name] ** 2).sum() for name in names]), found.intermediates
 
 
 def over_seeds(function: Callable, seeds: Sequence[int], *arguments) -> Any:
@@ -81,31 +75,15 @@ def over_seeds(function: Callable, seeds: Sequence[int], *arguments) -> Any:
 
 
 def limits(function: Callable, jobs: Sequence[tuple], part: str) -> list[Any]:
-    """The `limit` of function(width, *arguments) [seeds, ...] or a tree of these, for each job (widths, *arguments)."""
+    """Limits of infinite width of function(width, *arguments) [seeds, ...] or a tree of these.
+
+    For each job (widths, *arguments): value and standard error [2, ...].
+    """
     each = [(width, *arguments) for widths, *arguments in jobs for width in widths]
     runs = iter(on_all_devices(lambda one: function(*one), each, part))
-    return [jax.tree.map(functools.partial(limit, widths), *(next(runs) for _ in widths)) for widths, *_ in jobs]
-
-
-def limit(widths: Sequence[int], *runs: np.ndarray) -> np.ndarray:
-    """Means over seeds, the first axis, on a line in 1 / width: value and standard error at infinite width [2, ...].
-
-    The line is weighted by 1 / errors^2. Of one width alone the median, and half the interval of order statistics that
-    covers it with 68%.
-    """
-    if len(widths) == 1:
-        ordered, count = np.sort(runs[0], 0), len(runs[0])
-        half = math.sqrt(count) / 2
-        low, high = max(0, math.floor(count / 2 - half)), min(count - 1, math.ceil(count / 2 + half))
-        return np.stack([np.median(runs[0], 0), (ordered[high] - ordered[low]) / 2])
-    means = np.stack([values.mean(0) for values in runs])
-    errors = np.stack([values.std(0, ddof=1) / math.sqrt(len(values)) for values in runs])
-    line = np.stack([np.ones(len(widths)), 1 / np.asarray(widths, float)], 1)
-    found = []
-    for mean, error in zip(means.T, errors.T, strict=True):
-        covariance = np.linalg.inv((line / error[:, None] ** 2).T @ line)
-        found.append(((covariance @ line.T @ (mean / error**2))[0], math.sqrt(covariance[0, 0])))
-    return np.array(found).T
+    return [
+        jax.tree.map(partial(curves.at_infinite_width, widths), *(next(runs) for _ in widths)) for widths, *_ in jobs
+    ]
 
 
 def agreement(claim: str, z: xr.DataArray) -> Finding:
@@ -118,9 +96,8 @@ def agreement(claim: str, z: xr.DataArray) -> Finding:
 
 def points(title: str, results: xr.Dataset, columns: Sequence[tuple[str, str]], caption: str = "") -> Table:
     """A row for each point of `results`; columns: (header, form with the names of variables)."""
-    each = results.to_dataframe().reset_index().to_dict("records")
-    rows = [[form.format(**one) for _, form in columns] for one in each]
-    return Table(title, [header for header, _ in columns], rows, caption)
+    each, (headers, forms) = results.to_dataframe().reset_index().to_dict("records"), zip(*columns, strict=True)
+    return Table(title, headers, [[form.format(**one) for form in forms] for one in each], caption)
 
 
 def panel(results: xr.Dataset, ylabel: str, names: tuple[str, str, str], **options: Any) -> plots.Panel:

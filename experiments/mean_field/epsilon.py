@@ -46,7 +46,7 @@ def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
     init_scales = np.array(FACTORS) * thresholds[:, None]
 
     def run(width, name, init_scales):
-        """Variance and growth [seeds, init_scales], the threshold [seeds, 1]."""
+        """Variance and growth [seeds, init_scales], the threshold [seeds]."""
         model = bnjax.mlp((width,) * depth, width, name, "batch", epsilon=epsilon)
 
         def one(seed, init_scales, x, cotangent):
@@ -65,33 +65,28 @@ def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
         # Far below the threshold V is multiplied by (init_scale / threshold)^2 in each layer.
         per_layer = (variance[:, DYING, -1] / variance[:, DYING, middle]) ** (1 / (depth - 1 - middle))
         growth = (squares[..., :-1] / squares[..., 1:])[..., middle:].mean(-1)
-        return variance[..., -1], growth, (init_scales[DYING] / np.sqrt(per_layer))[:, None]
+        return variance[..., -1], growth, init_scales[DYING] / np.sqrt(per_layer)
 
     def predicted(name, init_scale):
         signal = mean_field.signal_by_layer(name, depth, BATCH_SIZE, epsilon, math.sqrt(2) * init_scale)
         return signal.normalized_variance[-1], signal.growth[middle:-1].mean()
 
     each = list(zip(names, init_scales, strict=True))
-    limits = common.limits(run, [(settings.widths, *one) for one in each], "epsilon")
-    theory = np.moveaxis(np.array([[predicted(name, scale) for scale in scales] for name, scales in each]), -1, 0)
-    columns, both = {"init_scale": init_scales}, ("activation", "factor")
-    for what, expected, found in zip(
-        ("variance", "growth", "threshold"), (*theory, thresholds[:, None]), zip(*limits, strict=True), strict=True
-    ):
-        columns[f"{what}_theory"] = expected
-        columns[what], columns[f"{what}_error"] = np.stack(found, 1)
-    return xr.Dataset(
-        {name: (both, found) if found.shape[1] > 1 else ("activation", found[:, 0]) for name, found in columns.items()},
-        {"activation": np.array(names, object), "factor": list(FACTORS)},
-    )
+    limits = zip(*common.limits(run, [(settings.widths, *one) for one in each], "epsilon"), strict=True)
+    theory = np.array([[predicted(name, scale) for scale in scales] for name, scales in each])
+    theory = {"variance": theory[..., 0], "growth": theory[..., 1], "threshold": thresholds}
+    dims, columns = ("activation", "factor"), {"init_scale": init_scales}
+    for (what, expected), found in zip(theory.items(), limits, strict=True):
+        measured, error = np.stack(found, 1)
+        columns |= {f"{what}_theory": expected, what: measured, f"{what}_error": error}
+    columns = {name: (dims[: values.ndim], values) for name, values in columns.items()}
+    return xr.Dataset(columns, {"activation": list(names), "factor": list(FACTORS)})
 
 
 def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
     """The thresholds of networks against the theory's."""
-    checks = []
-    for name in results.activation.values:
-        one = results.sel(activation=name)
-        theory, measured, error = (float(one[f"threshold{end}"]) for end in ("_theory", "", "_error"))
+    checks, columns = [], (results[f"threshold{end}"].values for end in ("_theory", "", "_error"))
+    for name, theory, measured, error in zip(results.activation.values, *columns, strict=True):
         checks += [
             Check(f"{name}: threshold in theory", theory),
             Check(f"{name}: mean threshold of networks", measured),
@@ -103,18 +98,14 @@ def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
 
 
 def tables(results: xr.Dataset, settings: Settings) -> list[Table]:
-    """The thresholds, and signal and growth below and above them."""
-    thresholds = [("activation", "{activation}"), ("theory", "{threshold_theory:.4g}")]
-    thresholds += [("measured", "{threshold:.4g} ± {threshold_error:.1g}")]
+    """Signal and growth below and above the thresholds."""
     around = [("", "{activation}"), ("init_scale", "{init_scale:.3g}"), ("factor", "{factor:g}")]
     around += [("variance", "{variance_theory:.3g}"), ("measured", "{variance:.3g} ± {variance_error:.1g}")]
     around += [("growth", "{growth_theory:.3f}"), ("measured", "{growth:.3f} ± {growth_error:.3f}")]
     caption = "factor: of the threshold. variance: of BN's output in the last layer. growth: per layer, of the squared "
-    title = f"init_scale below which the signal dies, epsilon {settings.epsilon:g}, batch size {BATCH_SIZE}"
-    return [
-        common.points(title, results.drop_dims("factor"), thresholds),
-        common.points("Around it", results, around, caption + "gradient norm in the deep half."),
-    ]
+    caption += "gradient norm in the deep half."
+    title = f"Around the threshold of init_scale, epsilon {settings.epsilon:g}, batch size {BATCH_SIZE}"
+    return [common.points(title, results, around, caption)]
 
 
 def figure(results: xr.Dataset, settings: Settings) -> plots.Figure:
@@ -133,12 +124,7 @@ CLAIM = Claim(
     name="epsilon",
     question="Does the signal die below the init_scale that theory predicts from epsilon?",
     source="The theory of the library: bnjax.theory.mean_field.epsilon_threshold.",
-    settings=Settings,
-    quick=Settings(),
-    full=Settings(),
+    settings=Settings, quick=Settings(), full=Settings(),
     tiny=Settings(epsilon_width=64, epsilon_seeds=tuple(range(16)), epsilon_activations=("relu",), epsilon_depth=4),
-    measure=measure,
-    judge=judge,
-    tables=tables,
-    figure=figure,
-)
+    measure=measure, judge=judge, tables=tables, figure=figure,
+)  # fmt: skip

@@ -31,14 +31,10 @@ class Settings:
     activations: tuple[str, ...] = setting(NAMES, f"Of the part growth: {', '.join(activations.ACTIVATIONS)}.")
     batch_sizes: tuple[int, ...] = setting((4, 5, 6, 8, 12, 16, 24, 32, 64), "Of the part growth, at least 4 each.")
     depth: int = setting(3, "Hidden layers in the part growth, at least 2.")
-    width: int = setting(
-        64, "Smallest width in the part growth, at least 4 times the batch size; the next is twice that."
-    )
+    width: int = setting(64, "Smallest of the part growth, at least 4 times the batch size; the next is twice that.")
     num_widths: int = setting(2, "Widths in the part growth, at least 2.")
     seeds: tuple[int, ...] = setting(
-        tuple(range(2048)),
-        "Networks in the part growth; above width 64 or batch size 16 the first of them.",
-        parse_seeds,
+        tuple(range(2048)), "Networks of the part growth; above width 64 or batch size 16 the first.", parse_seeds
     )
 
     def __post_init__(self):
@@ -83,17 +79,12 @@ def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
 
     limits = common.limits(run, [(settings.widths(B), B) for B in sizes], "growth")
     measured, error = np.stack(limits, -1)
-    both, coords = ("activation", "batch_size"), {"batch_size": list(sizes), "theory_batch_size": list(THEORY_SIZES)}
-    results = xr.Dataset(
-        {
-            "theory": (both, predicted(sizes)),
-            "measured": (both, measured),
-            "error": (both, error),
-            "theory_curve": (("activation", "theory_batch_size"), predicted(THEORY_SIZES)),
-            "theory_infinite_batch": ("activation", predicted([None])[:, 0]),
-        },
-        {"activation": np.array(names, object), **coords},
-    )
+    columns = {"theory": predicted(sizes), "measured": measured, "error": error}
+    columns = {name: (("activation", "batch_size"), values) for name, values in columns.items()}
+    columns["theory_curve"] = ("activation", "theory_batch_size"), predicted(THEORY_SIZES)
+    columns["theory_infinite_batch"] = "activation", predicted([None])[:, 0]
+    coords = {"activation": list(names), "batch_size": list(sizes), "theory_batch_size": list(THEORY_SIZES)}
+    results = xr.Dataset(columns, coords)
     z = (results.measured - results.theory) / results.error
     return results.assign(z=z.where(results.batch_size >= SMALLEST_WITH_VARIANCE))
 
@@ -112,9 +103,9 @@ def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
     checks.append(Check(f"{fastest}, infinite batch: a factor of a million takes", layers, unit="layers"))
     claim = "In theory the squared gradient grows by E phi'^2 / Var phi >= 1 per layer, in finite batches by more."
     findings = [Finding(claim, checks=checks)]
-    return findings + (
-        [common.agreement("Wide networks agree with the theory.", some.z)] if some.batch_size.size else []
-    )
+    if some.batch_size.size:
+        findings.append(common.agreement("Wide networks agree with the theory.", some.z))
+    return findings
 
 
 def tables(results: xr.Dataset, settings: Settings) -> list[Table]:
@@ -124,13 +115,8 @@ def tables(results: xr.Dataset, settings: Settings) -> list[Table]:
     caption = (
         "z: measured - theory in standard errors; nan: a median, which has none. One batch size, the same weights."
     )
-    infinite = [("activation", "{activation}"), ("theory", "{theory_infinite_batch:.4f}")]
     title = "Growth per layer of the squared gradient norm at epsilon 0"
-    shown = results.drop_dims("theory_batch_size")
-    return [
-        common.points(title, shown, columns, caption),
-        common.points(f"{title}, infinite batch", shown.drop_dims("batch_size"), infinite),
-    ]
+    return [common.points(title, results.drop_dims("theory_batch_size"), columns, caption)]
 
 
 def figure(results: xr.Dataset, settings: Settings) -> plots.Figure:
@@ -152,14 +138,8 @@ CLAIM = Claim(
     "the fixed point. The activations share their weights at each batch size, so that the z of one batch size are not "
     "independent; at batch sizes 6 to 9 the squared gradient has a variance but no fourth moment, so that its standard "
     "error is heavy-tailed.",
-    settings=Settings,
-    quick=Settings(),
+    settings=Settings, quick=Settings(),
     full=Settings(activations=tuple(activations.ACTIVATIONS), num_widths=3, seeds=tuple(range(8192))),
     tiny=Settings(activations=("relu",), batch_sizes=(8,), depth=2, width=16, seeds=tuple(range(64))),
-    measure=measure,
-    judge=judge,
-    tables=tables,
-    figure=figure,
-    must_hold=True,
-    share=4,
-)
+    measure=measure, judge=judge, tables=tables, figure=figure, must_hold=True, share=4,
+)  # fmt: skip

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -49,31 +49,28 @@ class Settings:
         require(self.exponent <= K, "exponent", f"must be at most {K}, got {self.exponent}")
         for a in self.factors:
             require(2.0**-K <= a <= 2.0**K, "factors", f"must be in [2^-{K}, 2^{K}], got {a:g}")
-            exact = math.frexp(np.float32(a))[0] == 0.5
-            require(not exact, "factors", f"are no powers of two, which --exponent is for; got {a:g}")
-        for field, values in {"epsilon": self.epsilon, "learning_rate": [self.learning_rate]}.items():
+            other = math.frexp(np.float32(a))[0] != 0.5
+            require(other, "factors", f"are no powers of two, which --exponent is for; got {a:g}")
+        for field in ("epsilon", "learning_rate", "factors"):
+            values = np.ravel(getattr(self, field)).tolist()
             normal = all(value > 0 and representable(value) for value in values)
             require(normal, field, f"must be above 0 and a normal float32 number, got {getattr(self, field)}")
-        for field in ("factors", "epsilon"):
-            values = getattr(self, field)
             require(len({*np.float32(values)}) == len(values), field, f"names a value twice: {values}")
 
+    @property
+    def hidden(self) -> list[str]:
+        """The names of the hidden layers."""
+        return [f"hidden_{i}" for i in range(self.depth)]
 
-TINY = Settings(depth=2, width=8, batch_size=8, steps=24, factors=(3.0,), epsilon=(0.1,), exponent=2, seeds=(0, 1))
+
 claim = partial(
     Claim,
     source="Scale invariance: van Laarhoven 2017; Arora, Li & Lyu 2019 (their texts were not at hand).",
     settings=Settings,
     quick=Settings(),
     full=Settings(seeds=tuple(range(10))),
-    tiny=TINY,
-    figure=lambda results, settings: None,
+    tiny=Settings(depth=2, width=8, batch_size=8, steps=24, factors=(3.0,), epsilon=(0.1,), exponent=2, seeds=(0, 1)),
 )
-
-
-def labels(names: Iterable[str]) -> np.ndarray:
-    """A coordinate of strings."""
-    return np.array(list(names), object)
 
 
 def by_seed(values: xr.DataArray, reduce: str = "max") -> np.ndarray:
@@ -91,9 +88,7 @@ def table(title: str, rows: Sequence[str], columns: Mapping[str, xr.DataArray], 
 
     cells, first = [], next(iter(columns.values()))
     for index in itertools.product(*(first[dim].values for dim in rows)):
-        at = dict(zip(rows, index, strict=True))
         names = [f"{name:.4g}" if isinstance(name, float) else str(name) for name in index]
-        cells.append(
-            [*names, *(span(values.sel({d: at[d] for d in rows if d in values.dims})) for values in columns.values())]
-        )
+        at = [{dim: i for dim, i in zip(rows, index, strict=True) if dim in of.dims} for of in columns.values()]
+        cells.append([*names, *(span(of.sel(where)) for of, where in zip(columns.values(), at, strict=True))])
     return Table(title, (*rows, *columns), cells, caption)

@@ -8,23 +8,23 @@ import xarray as xr
 import bnjax
 from bnjax.findings import Check, Finding
 from experiments.scale_laws import common, networks
-from experiments.scale_laws.common import Settings, labels
-from experiments.scale_laws.networks import Problem, hidden, of_layers, scaled
-from experiments.scale_laws.one_step import input_of, measure_laws
+from experiments.scale_laws.common import Settings
+from experiments.scale_laws.networks import Problem
+from experiments.scale_laws.one_step import measure_laws, to_input
 from experiments.scale_laws.trajectories import each_decay, trainer
 from experiments.table import Table
 
 NORMS = {"batch": "with BN", "none": "without BN"}
-POWERS = "outputs", "gradient to its input", "gradient to its W", "gradients to the other W"
-POWERS += ("gradients to all W, all scaled",)
+POWERS = ["outputs", "gradient to its input", "gradient to its W", "gradients to the other W"]
+POWERS += ["gradients to all W, all scaled"]
 HOMOGENEOUS = ("relu", "leaky_relu", "linear")
 
 
 def cosines(run, p: Problem) -> list[float]:
     """<W, dL/dW> / (|W| |dL/dW|) of each hidden layer, at epsilon 0."""
-    d, found = run(p, of_layers(0.0, len(p.params) - 1)), []
-    for name in hidden(len(p.params) - 1):
-        W, gradient = np.float64(p.params[name]["kernel"]), np.float64(d.to_params[name]["kernel"])
+    d, found = run(p), []
+    for name in p.hidden:
+        W, gradient = (np.float64(params[name]["kernel"]) for params in (p.params, d.to_params))
         unit = max(np.linalg.norm(W) * np.linalg.norm(gradient), np.finfo(float).tiny)
         found.append(float((W * gradient).sum() / unit))
     return found
@@ -35,13 +35,13 @@ def powers_of_a(run, p: Problem) -> np.ndarray:
 
     One hidden layer is scaled, each in turn; in the last row all are. NaN where there is nothing to measure.
     """
-    names, found = hidden(len(p.params) - 1), [[] for _ in POWERS]
+    names, found = p.hidden, [[] for _ in POWERS]
 
     def norms(members, a):
-        d = run(scaled(p, members, a), of_layers(0.0, len(names)))
+        d = run(p.scaled(members, a))
         own, kernels = members[0], {name: d.to_params[name]["kernel"] for name in names}
         others = [kernels[name] for name in names if name != own]
-        groups = [d.outputs], [d.to_shown[input_of(own)]], [kernels[own]], others, kernels.values()
+        groups = [d.outputs], [to_input(d, own)], [kernels[own]], others, kernels.values()
         return [[np.linalg.norm(np.float64(array)) for array in group] for group in groups]
 
     for members, rows in [*(([name], range(4)) for name in names), (names, [4])]:
@@ -55,28 +55,27 @@ def powers_of_a(run, p: Problem) -> np.ndarray:
 
 def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
     """At epsilon 0, with batch normalization and without: powers of a, inner products; without: the laws at a = 2."""
-    names, recorded = hidden(settings.depth), np.unique([1, settings.steps])
     every = dict.fromkeys((settings.activation, "relu", "sigmoid"))
-    layers = {name: {norm: networks.mlp_layers(settings, name, norm) for norm in NORMS} for name in every}
-    programs = {name: {norm: networks.program(one) for norm, one in of.items()} for name, of in layers.items()}
-    train = trainer(layers[settings.activation]["none"], settings.batch_size)
+    layers = {(name, norm): networks.network(settings, name, norm) for name in every for norm in NORMS}
+    programs = {names: networks.program(one) for names, one in layers.items()}
+    train = trainer(layers[settings.activation, "none"], settings.batch_size)
 
     def one_step(p, name):
-        runs = programs[name]
-        found = measure_laws(runs["none"], p, 0.0, [2.0])[["deviation"]].isel(epsilon=0, factor=0, drop=True)
-        found["cosine"] = ("norm", "layer"), [cosines(run, p) for run in runs.values()]
-        found["power"] = ("norm", "grows", "bound"), [powers_of_a(run, p) for run in runs.values()]
-        coords = {"norm": runs, "layer": names, "grows": POWERS, "bound": ("least", "greatest")}
-        found = found.rename(deviation="without").assign_coords({dim: labels(of) for dim, of in coords.items()})
-        return found.expand_dims(activation=labels([name]))
+        runs = [programs[name, norm] for norm in NORMS]
+        found = measure_laws(programs[name, "none"], p, [2.0])[["deviation"]].isel(factor=0, drop=True)
+        found["cosine"] = ("norm", "layer"), [cosines(run, p) for run in runs]
+        found["power"] = ("norm", "grows", "bound"), [powers_of_a(run, p) for run in runs]
+        coords = {"norm": [*NORMS], "layer": p.hidden, "grows": POWERS, "bound": ["least", "greatest"]}
+        return found.rename(deviation="without").assign_coords(coords).expand_dims(activation=[name])
 
     def training(p):
-        found = each_decay(train, p, names, 0.0, [2.0], settings, recorded, normed=False).isel(factor=0, drop=True)
-        found = found[["deviation", "norm"]].rename(step="few")
-        return found.rename(deviation="trajectory_without", norm="trajectory_without_norm")
+        recorded = np.unique([1, settings.steps])
+        found = each_decay(train, p, p.hidden, [2.0], settings, recorded, normed=False).isel(factor=0, drop=True)
+        names = {"trajectory": "trajectory_without", "trajectory_norm": "trajectory_without_norm"}
+        return found[[*names]].rename(names | {"step": "few"})
 
     def jobs(p):
-        return [*(partial(one_step, p, name) for name in programs), partial(training, p)]
+        return [*(partial(one_step, p, name) for name in every), partial(training, p)]
 
     return networks.over_seeds(settings, jobs)
 
@@ -97,10 +96,9 @@ def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
     broken = [Check(f"deviation in {words}", one.values, above=1e-3, holds="all") for words, one in found.items()]
     diverges = np.isinf(last) & np.isfinite(results.trajectory_without_norm.isel(few=-1))
     note = "Training at a = 2 diverges where that at a = 1 does not." if diverges.any() else ""
+    claim = f"W -> a W in all {settings.depth} layers multiplies the gradients to W by a^p ({name})."
     return [
-        Finding(
-            f"W -> a W in all {settings.depth} layers multiplies the gradients to W by a^p ({name}).", checks=grows
-        ),
+        Finding(claim, checks=grows),
         Finding("<W, dL/dW> is 0 with batch normalization and not without.", checks=inner),
         Finding("Without batch normalization none of the laws holds at a = 2.", checks=broken, note=note),
     ]

@@ -12,47 +12,46 @@ import bnjax
 from bnjax import batch_norm, plots
 from bnjax.findings import Check, Finding
 from experiments.scale_laws import common, networks
-from experiments.scale_laws.common import KINKED, Settings, by_seed, labels
-from experiments.scale_laws.networks import Layers, Problem, cast, hidden, of_layers
+from experiments.scale_laws.common import KINKED, Settings, by_seed
+from experiments.scale_laws.networks import Problem
 from experiments.scale_laws.one_step import crossings
 from experiments.table import Table
 
-PREDICTED = ("outputs", "gradient to the first W", "gradient to the last W")
-SIDES = ("<W, dL/dW>", "-2 epsilon dL/d epsilon", "sum")
+PREDICTED = ["outputs", "gradient to the first W", "gradient to the last W"]
+SIDES = ["<W, dL/dW>", "-2 epsilon dL/d epsilon", "sum"]
 LARGEST_GAP = 1e-6  # relative, between what is equal but for rounding
 ROUNDED_GAP = 1e-14  # absolute: <W, dL/dW> is a sum of terms of order 1 that cancel, whatever is left of it
 ROUNDED_CHANGE = 1e-12  # absolute: a change is the difference of two evaluations
 
 
-def response(fixed: Callable, traced: Layers, p: Problem, epsilon: float, factors: Sequence[float]) -> xr.Dataset:
+def response(fixed: Callable, traced: bnjax.Model, p: Problem, epsilon: float, factors: Sequence[float]) -> xr.Dataset:
     """W -> a W in all layers at a fixed epsilon: the change, and what predicts it; in float64.
 
     As f(a W, a^2 epsilon) = f(W, epsilon), it is the change at epsilon -> epsilon / a^2. To first order that is
     (epsilon / a^2 - epsilon) df / d epsilon. The gradient of a ReLU network is not differentiable where a sample is
     at a kink: what jumps there the first order misses.
 
-    `fixed` is the program of `bnjax.mlp` at this epsilon, which measures; `traced` the layers that predict.
+    `fixed` is the program of the network whose epsilon is constant, which measures; `traced` the one that predicts.
 
     Returns:
       [factor_at_epsilon, predicted]: `measured` and `first_order` changes over what changes, and what the
       predictions leave of the measured change: `exact_error`, `first_order_error`. [factor_at_epsilon]:
       `crossed_at_epsilon`, how many activations come to the other side of 0.
     """
-    depth, p, norm = len(p.params) - 1, cast(p, np.float64), np.linalg.norm
+    p, norm, rows, crossed = p.cast(np.float64), np.linalg.norm, [], []
 
     def picked(d, a=1.0):
-        return [d.outputs, *(a * d.to_params[name]["kernel"] for name in ("hidden_0", f"hidden_{depth - 1}"))]
+        return [d.outputs, *(a * d.to_params[name]["kernel"] for name in (p.hidden[0], p.hidden[-1]))]
 
     def of_epsilon(value):
-        return picked(networks.derivatives(traced, p.params, p.x, p.cotangent, value * jnp.ones(depth)))
+        return picked(networks.derivatives(traced, p._replace(epsilon=value * jnp.ones(len(p.hidden)))))
 
-    rows, crossed = [], []
     with jax.enable_x64(True):
         predict = jax.jit(lambda value: jax.jvp(of_epsilon, (value,), (1.0,)))
         at_epsilon, slope = predict(epsilon)
-        before = fixed(p, of_layers(0.0, depth))
+        before = fixed(p)
         for a in factors:
-            after = fixed(networks.scaled(p, hidden(depth), a), of_layers(0.0, depth))
+            after = fixed(p.scaled(p.hidden, a))
             crossed.append(crossings(after, before))
             there, _ = predict(epsilon / (a * a))
             each = picked(before), picked(after, a), at_epsilon, there, slope
@@ -60,15 +59,14 @@ def response(fixed: Callable, traced: Layers, p: Problem, epsilon: float, factor
                 change, linear = new - old, (epsilon / (a * a) - epsilon) * rate
                 errors = norm(change - (end - start)) / norm(change), norm(change - linear) / norm(change)
                 rows.append([norm(change) / norm(old), norm(linear) / norm(old), *errors])
-    names = "measured", "first_order", "exact_error", "first_order_error"
-    values = np.reshape(rows, (len(factors), len(PREDICTED), len(names)))
-    found = {name: (("factor_at_epsilon", "predicted"), values[..., i]) for i, name in enumerate(names)}
-    found["crossed_at_epsilon"] = (("factor_at_epsilon",), crossed)
-    return xr.Dataset(found, {"factor_at_epsilon": factors, "predicted": labels(PREDICTED)})
+    names = ["measured", "first_order", "exact_error", "first_order_error"]
+    coords = {"factor_at_epsilon": factors, "predicted": PREDICTED, "name": names}
+    found = xr.DataArray(np.reshape(rows, [len(one) for one in coords.values()]), coords).to_dataset("name")
+    return found.assign(crossed_at_epsilon=("factor_at_epsilon", crossed))
 
 
 def inner_products(fixed: Callable, traced: Callable, p: Problem, epsilon: float) -> np.ndarray:
-    """[SIDES, L] <W, dL/dW> at a fixed epsilon: by autodiff of `bnjax.mlp`, by autodiff in epsilon, and by a sum.
+    """[SIDES, L] <W, dL/dW> at a fixed epsilon: by autodiff of all parameters, by autodiff in epsilon, and by a sum.
 
     d/da of f(a W, a^2 epsilon) = f(W, epsilon) in one layer, at a = 1, is <W, dL/dW> + 2 epsilon dL/d epsilon = 0.
     And x_hat = (z - mean) / sigma with sigma^2 = var + epsilon has d x_hat / d epsilon = -x_hat / (2 sigma^2), so
@@ -76,15 +74,14 @@ def inner_products(fixed: Callable, traced: Callable, p: Problem, epsilon: float
 
         <W, dL/dW> = -2 epsilon dL/d epsilon = epsilon sum_f (1 / sigma_f^2) sum_n delta_nf x_hat_nf
 
-    `fixed` and `traced` are programs, of `bnjax.mlp` at this epsilon and of `layers_of_epsilon`.
+    `fixed` and `traced` are programs of the network whose epsilon is constant, and of that whose epsilon is traced.
     """
-    depth, p, rows = len(p.params) - 1, cast(p, np.float64), []
+    p, rows = p.cast(np.float64).at(epsilon), []
     with jax.enable_x64(True):
-        d = fixed(p, of_layers(epsilon, depth))
-        to_epsilon = traced(p, of_layers(epsilon, depth)).to_epsilon
-        for name, derivative in zip(hidden(depth), to_epsilon, strict=True):
-            x_hat, inv_sigma = batch_norm.standardize(d.shown[f"{name}/preactivation"], epsilon)
-            delta = d.to_shown[f"{name}/norm"] * p.params[name]["norm"].scale
+        d, to_epsilon = fixed(p), traced(p).to_params["epsilon"]
+        for name, derivative in zip(p.hidden, to_epsilon, strict=True):
+            x_hat, inv_sigma = batch_norm.standardize(d.intermediates[f"{name}/preactivation"], epsilon)
+            delta = d.to_intermediates[f"{name}/norm"] * p.params[name]["norm"].scale
             inner = (p.params[name]["kernel"] * d.to_params[name]["kernel"]).sum()
             rows.append([inner, -2 * epsilon * derivative, epsilon * (inv_sigma**2 * delta * x_hat).sum()])
     return np.array(rows, float).T
@@ -92,16 +89,15 @@ def inner_products(fixed: Callable, traced: Callable, p: Problem, epsilon: float
 
 def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
     """`response` for the factors and a grid from 1/1000 to 10, and `inner_products`."""
-    traced = networks.layers_of_epsilon(settings)
+    traced = networks.network(settings, epsilon=None)
     run_traced = networks.program(traced)
-    fixed = {value: networks.program(networks.mlp_layers(settings, epsilon=value)) for value in settings.epsilon}
+    fixed = {value: networks.program(networks.network(settings, epsilon=value)) for value in settings.epsilon}
     grid = np.union1d(10.0 ** np.arange(-3, 1.1, 0.25), settings.factors)
 
     def at_epsilon(p, value):
         found = response(fixed[value], traced, p, value, grid[grid != 1])
         found["inner_product"] = ("side", "layer"), inner_products(fixed[value], run_traced, p, value)
-        found = found.assign_coords(side=labels(SIDES), layer=labels(hidden(settings.depth)))
-        return found.expand_dims(fixed_epsilon=[value])
+        return found.assign_coords(side=SIDES, layer=p.hidden).expand_dims(fixed_epsilon=[value])
 
     return networks.over_seeds(settings, lambda p: [partial(at_epsilon, p, value) for value in settings.epsilon])
 

@@ -18,22 +18,22 @@ EXACT = "power_of_two", "trajectory_power_of_two"  # results that should be 0
 
 def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
     """All deviations under (W -> a W, epsilon -> a^2 epsilon), a = 2^k; over training for ten a up to |k| = K."""
-    K, sets = settings.exponent, scaled_sets(settings.depth)
+    K, sets = settings.exponent, scaled_sets(settings.hidden)
     exponents = np.arange(-K, K + 1)
     sampled = np.unique([sign * k for k in (1, K // 4, K // 2, 3 * K // 4, K) for sign in (-1, 1) if k])
-    layers = networks.mlp_layers(settings), networks.layers_of_epsilon(settings)  # at epsilon 0, and above
+    layers = networks.network(settings), networks.network(settings, epsilon=None)  # at epsilon 0, and above
     runs, trainers = [*map(networks.program, layers)], [trainer(one, settings.batch_size) for one in layers]
 
     def one_step(p, value):
-        found = measure_laws(runs[value > 0], p, value, 2.0**exponents).drop_vars("crossed")
-        return found.rename(deviation=EXACT[0], factor="exponent").assign_coords(exponent=exponents)
+        found = measure_laws(runs[value > 0], p.at(value), 2.0**exponents).drop_vars("crossed")
+        found = found.rename(deviation=EXACT[0], factor="exponent").assign_coords(exponent=exponents)
+        return found.expand_dims(epsilon=[value])
 
     def training(p, value, which):
         recorded = np.unique([1, settings.steps])
-        found = each_decay(trainers[value > 0], p, sets[which], value, 2.0**sampled, settings, recorded)
-        found = found[["deviation"]].max("step", skipna=False).rename(deviation=EXACT[1], factor="sampled_exponent")
-        found = found.assign_coords(sampled_exponent=sampled)
-        return found.expand_dims(epsilon=[value], scaled=common.labels([which]))
+        found = each_decay(trainers[value > 0], p.at(value), sets[which], 2.0**sampled, settings, recorded)
+        found = found[["trajectory"]].max("step", skipna=False).rename(trajectory=EXACT[1], factor="sampled_exponent")
+        return found.assign_coords(sampled_exponent=sampled).expand_dims(epsilon=[value], scaled=[which])
 
     def jobs(p):
         *each, whole = sets

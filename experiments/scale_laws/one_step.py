@@ -7,15 +7,16 @@ import jax
 import numpy as np
 import xarray as xr
 
-from experiments.scale_laws.common import labels, representable
-from experiments.scale_laws.networks import Derivatives, Problem, cast, hidden, of_layers, scaled
+from bnjax.probes import Derivatives
+from experiments.scale_laws.common import representable
+from experiments.scale_laws.networks import Problem
 
-LAWS = "outputs", "gradient to the layer's input", "a x gradient to W", "gradients to all other parameters"
+LAWS = ["outputs", "gradient to the layer's input", "a x gradient to W", "gradients to all other parameters"]
 
 
-def scaled_sets(depth: int) -> dict[str, list[str]]:
+def scaled_sets(hidden: Sequence[str]) -> dict[str, list[str]]:
     """What is scaled: each hidden layer alone, and all."""
-    return {name: [name] for name in hidden(depth)} | ({"all": hidden(depth)} if depth > 1 else {})
+    return {name: [name] for name in hidden} | ({"all": [*hidden]} if len(hidden) > 1 else {})
 
 
 def deviation(found: np.ndarray, expected: np.ndarray) -> float:
@@ -28,10 +29,10 @@ def deviation(found: np.ndarray, expected: np.ndarray) -> float:
     return math.inf if math.isnan(ratio) else max(ratio, tiny)
 
 
-def input_of(layer: str) -> str:
-    """What `Derivatives.to_shown` calls the input of a hidden layer."""
+def to_input(d: Derivatives, layer: str) -> np.ndarray:
+    """The gradient to a hidden layer's input."""
     i = int(layer.removeprefix("hidden_"))
-    return f"hidden_{i - 1}/activation" if i else "input"
+    return d.to_intermediates[f"hidden_{i - 1}/activation"] if i else d.to_input
 
 
 def law_deviations(found: Derivatives, expected: Derivatives, names: Sequence[str], a: float = 1.0) -> list[float]:
@@ -39,7 +40,7 @@ def law_deviations(found: Derivatives, expected: Derivatives, names: Sequence[st
 
     def others(params):
         """All as one vector: in a linear network those of BN's bias are 0 but for rounding."""
-        rest = params | {name: params[name] | {"kernel": ()} for name in names}
+        rest = params | {name: params[name] | {"kernel": ()} for name in names} | {"epsilon": ()}
         return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(rest)])
 
     def kernel(d, name, a=1.0):
@@ -47,7 +48,7 @@ def law_deviations(found: Derivatives, expected: Derivatives, names: Sequence[st
 
     return [
         deviation(found.outputs, expected.outputs),
-        max(deviation(found.to_shown[name], expected.to_shown[name]) for name in map(input_of, names)),
+        max(deviation(to_input(found, name), to_input(expected, name)) for name in names),
         max(deviation(kernel(found, name, a), kernel(expected, name)) for name in names),
         deviation(others(found.to_params), others(expected.to_params)),
     ]
@@ -55,35 +56,31 @@ def law_deviations(found: Derivatives, expected: Derivatives, names: Sequence[st
 
 def crossings(found: Derivatives, expected: Derivatives) -> int:
     """How many activations are above 0 in one and not in the other: samples on two sides of a kink."""
-    names = [name for name in found.shown if name.endswith("/activation")]
-    return sum(int(((found.shown[name] > 0) != (expected.shown[name] > 0)).sum()) for name in names)
+    both = {name: (found.intermediates[name], other) for name, other in expected.intermediates.items()}
+    return sum(int(((a > 0) != (b > 0)).sum()) for name, (a, b) in both.items() if name.endswith("/activation"))
 
 
-def measure_laws(run: Callable, p: Problem, epsilon: float, factors: Sequence[float] | np.ndarray) -> xr.Dataset:
+def measure_laws(run: Callable, p: Problem, factors: Sequence[float] | np.ndarray) -> xr.Dataset:
     """Under (W -> a W, epsilon -> a^2 epsilon), in each set of layers.
 
-    `deviation` [epsilon, scaled, law, factor], NaN where float32 has no normal number for a^2 epsilon; `crossed`
-    [epsilon, scaled, factor], how many samples cross 0.
+    `deviation` [scaled, law, factor], NaN where float32 has no normal number for a^2 epsilon; `crossed`
+    [scaled, factor], how many samples cross 0.
     """
-    depth = len(p.params) - 1
-    sets = scaled_sets(depth)
+    sets, expected = scaled_sets(p.hidden), run(p)
     found = np.full((len(sets), len(LAWS), len(factors)), np.nan)
     crossed = np.zeros((len(sets), len(factors)), int)
-    expected = run(p, of_layers(epsilon, depth))
     for i, names in enumerate(sets.values()):
         for j, a in enumerate(factors):
-            if representable(epsilon, a):
-                d = run(scaled(p, names, a), of_layers(epsilon, depth, names, a))
+            if representable(p.epsilon[0], a):
+                d = run(p.scaled(names, a))
                 found[i, :, j] = law_deviations(d, expected, names, float(p.x.dtype.type(a)))
                 crossed[i, j] = crossings(d, expected)
     variables = {"deviation": (("scaled", "law", "factor"), found), "crossed": (("scaled", "factor"), crossed)}
-    coords = {"scaled": labels(sets), "law": labels(LAWS), "factor": list(factors)}
-    return xr.Dataset(variables, coords).expand_dims(epsilon=[epsilon])
+    return xr.Dataset(variables, {"scaled": [*sets], "law": LAWS, "factor": list(factors)})
 
 
-def rounding_errors(run: Callable, p: Problem, epsilon: float) -> list[float]:
+def rounding_errors(run: Callable, p: Problem) -> list[float]:
     """[laws] deviation of float32 from float64, at a = 1: what one evaluation in float32 rounds."""
-    depth = len(p.params) - 1
     with jax.enable_x64(True):
-        exact = run(cast(p, np.float64), of_layers(epsilon, depth))
-    return law_deviations(run(p, of_layers(epsilon, depth)), exact, hidden(depth))
+        exact = run(p.cast(np.float64))
+    return law_deviations(run(p), exact, p.hidden)

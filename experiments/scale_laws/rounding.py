@@ -9,6 +9,7 @@ import xarray as xr
 
 import bnjax
 from bnjax import plots
+from bnjax.analysis import curves
 from bnjax.findings import Check, Finding
 from experiments.scale_laws import common, networks
 from experiments.scale_laws.common import KINKED, Settings, by_seed
@@ -21,29 +22,27 @@ ROUNDINGS = 4  # allowed: two float32 evaluations differ by sqrt 2 times the err
 
 def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
     """One step at each epsilon; step by step, all hidden layers, at epsilon 0, and for a = 3 in float64."""
-    fixed = {name: networks.mlp_layers(settings, name) for name in (settings.activation, "tanh")}  # tanh has no kink
-    layers = fixed[settings.activation], networks.layers_of_epsilon(settings)  # at epsilon 0, and above
+    fixed = {name: networks.network(settings, name) for name in (settings.activation, "tanh")}  # tanh has no kink
+    layers = fixed[settings.activation], networks.network(settings, epsilon=None)  # at epsilon 0, and above
     runs = [*map(networks.program, layers)]
     trainers = {name: trainer(one, settings.batch_size) for name, one in fixed.items()}
     recorded = np.unique(np.linspace(1, settings.steps, min(settings.steps, 300)).round().astype(int))
 
     def one_step(p, value):
-        found = measure_laws(runs[value > 0], p, value, settings.factors).rename(deviation="other")
-        return found.assign(rounding=(("epsilon", "law"), [rounding_errors(runs[value > 0], p, value)]))
+        run, p = runs[value > 0], p.at(value)
+        found = measure_laws(run, p, settings.factors).rename(deviation="other")
+        return found.assign(rounding=("law", rounding_errors(run, p))).expand_dims(epsilon=[value])
 
     def training(p, name):
         def run(p, factors):
-            return each_decay(trainers[name], p, networks.hidden(settings.depth), 0.0, factors, settings, recorded)
+            return each_decay(trainers[name], p, p.hidden, factors, settings, recorded)
 
         found = run(p, settings.factors)
         with jax.enable_x64(True):
-            double = run(networks.cast(p, np.float64), [3.0]).deviation.isel(factor=0, drop=True)
-        crossed = found.crossed.any("factor") & (name in KINKED)
-        rows = [growth(*pair, recorded) for pair in zip(found.deviation.values, crossed.values, strict=True)]
-        grown = {key: np.array([row[key] for row in rows]) for key in rows[0]}
-        grown = {key: (("decay", "factor")[: values.ndim], values) for key, values in grown.items()}
-        found = found.rename({of: f"trajectory_{of}" for of in found}).rename(trajectory_deviation="trajectory")
-        return found.assign(grown | {"trajectory_float64": double}).expand_dims(trained=common.labels([name]))
+            found["trajectory_float64"] = run(p.cast(np.float64), [3.0]).trajectory.isel(factor=0, drop=True)
+        crossed = found.trajectory_crossed.any("factor") & (name in KINKED)
+        grown = [growth(found.trajectory.sel(decay=decay), crossed.sel(decay=decay)) for decay in found.decay]
+        return found.merge(xr.concat(grown, "decay")).expand_dims(trained=[name])
 
     def jobs(p):
         trained = [partial(training, p, name) for name in fixed]
@@ -52,38 +51,31 @@ def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
     return networks.over_seeds(settings, jobs)
 
 
-def growth(curves: np.ndarray, crossed: np.ndarray, steps: np.ndarray) -> dict[str, np.ndarray | float]:
+def growth(deviations: xr.DataArray, crossed: xr.DataArray) -> xr.Dataset:
     """How deviations grow while they are below 1e-2 and no sample has crossed a kink, and where one does first.
 
     Args:
-      curves: [factors, steps] deviations.
-      crossed: [steps] True where a sample is on two sides of a kink.
-      steps: [steps].
+      deviations: [factor, step].
+      crossed: [step] True where a sample is on two sides of a kink.
 
     Returns:
-      [factors] `step_power`, or `steps_to_e`, to grow by e: whichever fits the logarithms in the last two thirds of
-      these steps better by least squares; NaN for the other, and for both if there are too few. `fit_start`, `fit_end`:
-      of these steps. `kink_step`: where a sample crosses first; the deviations `kink_before` and `kink_at` it.
+      [factor] `step_power`, or `steps_to_e`, to grow by e: whichever law fits the last two thirds of these steps
+      better; NaN if there are too few. `fit_start`, `fit_end`: of these steps. `kink_step`: where a sample crosses
+      first; the deviations `kink_before` and `kink_at` it.
     """
-    ended = (curves > 1e-2).any(0) | crossed
+    steps, ended = deviations.step.values, ((deviations > 1e-2).any("factor") | crossed).values
     count = int(np.argmax(ended)) if ended.any() else len(steps)
     inside = np.flatnonzero(steps[:count] > steps[max(count - 1, 0)] / 3)
-    used = (curves > 0).all(1)
-    found = dict.fromkeys(("step_power", "steps_to_e"), np.full(len(curves), np.nan))
-    found |= dict.fromkeys(("fit_start", "fit_end", "kink_step", "kink_before", "kink_at"), np.nan)
-    if len(inside) >= 8 and used.any():
-        times = {"step_power": np.log(steps[inside]), "steps_to_e": steps[inside].astype(float)}
-        logs = np.log(curves[used][:, inside]).T
-        fits = {kind: np.polyfit(time, logs, 1, full=True)[:2] for kind, time in times.items()}
-        kind = min(fits, key=lambda name: fits[name][1].sum())
-        rates, slopes = found[kind].copy(), fits[kind][0][0]
-        rates[used] = slopes if kind == "step_power" else 1 / slopes
-        found |= {kind: rates, "fit_start": steps[inside[0]], "fit_end": steps[inside[-1]]}
+    found = dict.fromkeys(("fit_start", "fit_end", "kink_step", "kink_before", "kink_at"), np.nan)
+    law = curves.Growth(*np.full((2, len(deviations)), np.nan))
+    if len(inside) >= 8:
+        law = curves.growth(deviations.values[:, inside], steps[inside])
+        found |= {"fit_start": steps[inside[0]], "fit_end": steps[inside[-1]]}
     if crossed.any():
-        i = int(np.argmax(crossed))
-        before, at = (np.nanmax(curves[:, j]) for j in (max(i - 1, 0), i))
+        i = int(np.argmax(crossed.values))
+        before, at = (deviations.isel(step=j).max().item() for j in (max(i - 1, 0), i))
         found |= {"kink_step": steps[i], "kink_before": before, "kink_at": at}
-    return found
+    return xr.Dataset(found | {"step_power": ("factor", law.power), "steps_to_e": ("factor", law.time_to_e)})
 
 
 def uncrossed(results: xr.Dataset, settings: Settings) -> xr.DataArray:
