@@ -1,4 +1,4 @@
-"""Makes torch_mlp.npz, what PyTorch computes, in float64; `tests/test_interop.py` reads it.
+"""Makes torch_mlp.npz, what PyTorch computes, in float64; `tests/interop` reads it.
 
     python tests/golden/make_torch_mlp.py
 
