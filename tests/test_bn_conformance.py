@@ -51,28 +51,50 @@ class TestReference:
     mask = cases.mask_of(6, 1, 4)
 
     def loss(self, x, scale, bias):
-        y = reference.train(x, scale, bias, mask=self.mask, epsilon=0.1).y
-        return np.where(self.mask, y * self.g, 0).sum()
+        valid = self.mask[:, 0]
+        return (reference.train(x, scale, bias, self.g, valid, 0.1).y * self.g[valid]).sum()
 
     def test_derivatives_are_those_of_the_output(self):
         """By central differences with steps of 1e-4, whose error is 1e-8; numpy's longest floats may be float64."""
         at = [a.astype(np.longdouble) for a in (self.x, self.scale, self.bias)]
-        exact = reference.train(*at, mask=self.mask, epsilon=0.1, cotangent=self.g)
-        for which, expected in enumerate((exact.dx, exact.dscale, exact.dbias)):
+        exact = reference.train(*at, self.g, self.mask[:, 0], 0.1)
+        for which, expected in enumerate((exact.dx, *exact.dparams)):
             for place in np.ndindex(expected.shape):
                 step = np.zeros(expected.shape)
                 step[place] = 1e-4
                 up, down = (self.loss(*at[:which], at[which] + s, *at[which + 1 :]) for s in (step, -step))
                 assert (up - down) / 2e-4 == pytest.approx(float(expected[place]), abs=1e-6)
 
-    @pytest.mark.parametrize("momentum", [0.0, 0.9, 1.0])
-    def test_averages_are_those_of_the_loop(self, momentum):
+    def test_what_is_masked_counts_for_nothing(self):
+        valid = self.mask[:, 0]
+        found = reference.train(np.where(self.mask, self.x, np.nan), self.scale, self.bias, self.g, valid, 0.1)
+        alone = reference.train(self.x[valid], self.scale, self.bias, self.g[valid], np.ones(4, bool), 0.1)
+        assert (found.y == alone.y).all()
+        assert (found.dx[valid] == alone.dx).all()
+        assert (found.dx[~valid] == 0).all()
+        assert found.statistics[2] == alone.statistics[2] == 4
+        np.testing.assert_allclose(found.statistics[0].astype(float), self.x[valid].mean(0), rtol=1e-6)
+        np.testing.assert_allclose(found.statistics[1].astype(float), self.x[valid].var(0), rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("momentum", "debias"), [(0.0, False), (0.9, False), (1.0, False), (None, False), (0.9, True)]
+    )
+    def test_averages_are_weighted_sums(self, momentum, debias):
         means, variances = np.float64(cases.draw((4, 2))), 1 + np.float64(cases.draw((4, 2), seed=1)) ** 2
-        mean, var = np.zeros(2), np.ones(2)
-        for m, v in zip(means, variances * 8 / 7, strict=True):
-            mean, var = momentum * mean + (1 - momentum) * m, momentum * var + (1 - momentum) * v
-        found = reference.averages(means, variances, [8] * 4, momentum=momentum, debias=False, unbiased=True)
-        np.testing.assert_allclose(found, (mean, var), rtol=1e-12)
+        weights = np.full(4, 1 / 4) if momentum is None else (1 - momentum) * momentum ** np.arange(3, -1, -1)
+        start = 1 - weights.sum()  # what is left of mean 0 and variance 1
+        weights, start = (weights / weights.sum(), 0) if debias else (weights, start)
+        batches = [(mean, var, 8) for mean, var in zip(means, variances, strict=True)]
+        found = reference.averages(batches, (0, 1), 0, momentum=momentum, debias=debias, unbiased=True)
+        expected = weights @ means, weights @ variances * 8 / 7 + start
+        np.testing.assert_allclose(np.float64(found), expected, rtol=1e-12)
+
+    def test_averages_of_no_batch_and_of_one_sample(self):
+        """None of it changes the mean, nor the variance; of one sample only the mean."""
+        given = {"momentum": 0.5, "debias": False, "unbiased": True}
+        batches = [(np.array([1.0]), np.array([7.0]), 0), (np.array([1.0]), np.array([0.0]), 1)]
+        assert reference.averages(batches[:1], (3, 4), 10, **given) == (3, 4)
+        assert reference.averages(batches, (3, 4), 10, **given) == (2, 4)
 
 
 class TestWrongImplementations:

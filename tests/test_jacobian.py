@@ -9,14 +9,8 @@ from hypothesis import strategies as st
 
 from bnjax import batch_norm, jacobian
 from bnjax.types import BatchNormParams, BatchStats
-
-
-def textbook(x, scale, epsilon, mask):
-    """The formula as it is written; a masked sample's output is 0."""
-    n = mask.sum()
-    mean = jnp.where(mask, x, 0).sum(0) / n
-    var = jnp.where(mask, (x - mean) ** 2, 0).sum(0) / n
-    return jnp.where(mask, scale * (x - mean) / jnp.sqrt(var + epsilon), 0)
+from experiments.jacobian_check import jacobian as check
+from experiments.jacobian_check.jacobian import textbook
 
 
 def autodiff_hvp(x, a, dx, epsilon, mask):
@@ -135,6 +129,14 @@ def test_hvp_of_a_whole_loss():
     inner = -jnp.sin(x_hat) * jacobian.matvec(x, 1.0, dx)
     found = jacobian.hvp(x, jnp.cos(x_hat), dx) + jacobian.matvec(x, 1.0, inner)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [0, 1])
+def test_float32_of_the_script(masked):
+    """Each of the forms that it compares: rounding of float32 is 6e-8, and the largest error some 1e-6."""
+    found = check.errors(check.Settings(samples=5, masked=masked), "float32")
+    assert len(found) == len(check.FORMS)
+    assert 0 < max(found) < 1e-5
 
 
 @pytest.mark.usefixtures("x64")

@@ -6,13 +6,12 @@ measures each implementation that is installed (the extra `peers` has all of the
 numerics, edge cases, and ONNX's own node cases; about a minute on 2 cores. Expect bnjax to pass every row.
 """
 
-import dataclasses
+import itertools
 import os
 import platform
 import string
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -37,7 +36,7 @@ LEGEND = (
     "fail, or the exception raised. †: our convention, no mathematical fact; (in brackets) another. -: not offered."
 )
 
-Results = dict[str, dict[str, Result]]  # by implementation, of those installed, then by row
+Results = dict[tuple[str, str], Result]  # by implementation, of those installed, and row
 
 
 @common.interruptible()
@@ -54,26 +53,22 @@ def main(argv: list[str]) -> None:
     results = measure(rows, [name for name, (installed, _) in found.items() if installed])
     titles = {name: layers.ALL[name].title for name in found}
     letters = dict(zip(found, string.ascii_lowercase, strict=False))
-    outcomes = count({name: f"{titles[name]} {version}" for name, (_, version) in found.items()}, results)
-    for one in compared(rows, letters, results, lambda text: "! " + text.replace(" ", "\n")):
+    versions = {name: f"{titles[name]} {version}" for name, (_, version) in found.items()}
+    lettered = {name: f"{letter}: {versions[name]}" for name, letter in letters.items()}
+    outcomes = count(lettered, results, LEGEND.format("with !"))
+    for one in (*compared(rows, letters, results, lambda text: "! " + text.replace(" ", "\n")), outcomes):
         print(one.text(), end="\n\n")
-    legend = LEGEND.format("with !")
-    lettered = [
-        [f"{letter}: {line[0]}", *line[1:]] for letter, line in zip(letters.values(), outcomes.rows, strict=True)
-    ]
-    print(dataclasses.replace(outcomes, rows=lettered, caption=legend).text())
 
     setting = f"Python {platform.python_version()} and jax {jax.__version__} on a {jax.default_backend().upper()}"
-    shown = [outcomes, *compared(rows, titles, results, "**{}**".format)]
+    shown = [count(versions, results), *compared(rows, titles, results, "**{}**".format)]
     text = f"Measured with {setting}. {LEGEND.format('in bold')}\n\n" + "\n".join(map(Table.markdown, shown))
     written = f"# Implementations of batch normalization, measured\n\n{text}"
     print(f"table:  {common.save(written, folder / TABLE, SCRIPT)}")
     if page:
         table.write_into(page, SCRIPT, text)
         print(f"docs:   {page}")
-    ours = results.get("bnjax", {})
-    failed = [name for name, result in ours.items() if result.status != "pass"]
-    if failed:
+    ours = [row.name for row in rows if ("bnjax", row.name) in results]
+    if failed := [name for name in ours if results["bnjax", name].status != "pass"]:
         raise common.fail(f"bnjax fails {len(failed)} of {len(ours)} rows: {'; '.join(failed)}")
 
 
@@ -95,57 +90,41 @@ def check(argv: list[str], folder: Path, page: Path | None) -> None:
 
 def measure(rows: list[Case], names: list[str]) -> Results:
     """Every row for each implementation, on all cores: what takes time is compilation."""
-    ignored, bar = warnings.catch_warnings(action="ignore"), common.progress(len(rows) * len(names), "measuring")
-    with ignored, bar as tick, ThreadPoolExecutor(os.cpu_count()) as pool:  # ignored: the libraries' own warnings
-
-        def column(name):
-            results = {}
-            for row in rows:
-                results[row.name] = cases.run(row, name)
-                tick()
-            return results
-
-        return dict(zip(names, pool.map(column, names), strict=True))
+    cells = list(itertools.product(rows, names))
+    with warnings.catch_warnings(action="ignore"):  # the libraries' own
+        found = common.in_threads(lambda cell: cases.run(*cell), cells, "measuring", os.cpu_count())
+    return {(name, row.name): result for (row, name), result in zip(cells, found, strict=True)}
 
 
-def count(headings: dict[str, str], results: Results) -> Table:
+def count(headings: dict[str, str], results: Results, caption: str = "") -> Table:
     """How many rows each implementation passes; by its heading."""
-    statuses = {name: [result.status for result in results.get(name, {}).values()] for name in headings}
-    lines = [[headings[name], *(str(of.count(one)) if of else "" for one in STATUSES)] for name, of in statuses.items()]
-    return Table("Rows by outcome", ["", *STATUSES.values()], lines)
+    lines = []
+    for name, heading in headings.items():
+        found = [result.status for (of, _), result in results.items() if of == name]
+        lines.append([heading, *(str(found.count(status)) if found else "" for status in STATUSES)])
+    return Table("Rows by outcome", ["", *STATUSES.values()], lines, caption)
 
 
 def compared(
     rows: list[Case], headings: dict[str, str], results: Results, failed: Callable[[str], str]
 ) -> Iterator[Table]:
-    """The rows of each group.
+    """The rows of each group; `headings` are the columns by implementation, `failed` marks a cell."""
 
-    Args:
-      rows: all.
-      headings: {implementation: its column's}.
-      results: of those measured.
-      failed: marks the text of a cell that failed.
-    """
+    def text(row, name):
+        if (name, row.name) not in results:
+            return ""
+        status, error = results[name, row.name]
+        passed = error if row.group == cases.NUMERICS and row.tolerance > 0 else "pass"
+        return {"pass": passed, "fail": failed(error), "other": f"({error})"}.get(status, "-")
+
     for group in GROUPS:
-        lines = [
-            [title(row), *(text(row, results.get(name, {}).get(row.name), failed) for name in headings)]
-            for row in rows
-            if row.group == group
-        ]
+        lines = [[title(row), *(text(row, name) for name in headings)] for row in rows if row.group == group]
         yield Table(group, ["", *headings.values()], lines, "" if lines else "onnx is not installed")
 
 
 def title(row: Case) -> str:
     """The row's name, marked if it is a convention."""
     return row.name + (" †" if row.convention else "")
-
-
-def text(row: Case, result: Result | None, failed: Callable[[str], str]) -> str:
-    """A cell; in the tables of errors, the error."""
-    if result is None:
-        return ""
-    passed = result.text if row.group == cases.NUMERICS and row.tolerance > 0 else "pass"
-    return {"pass": passed, "fail": failed(result.text), "other": f"({result.text})"}.get(result.status, "-")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ it.
 import contextlib
 import functools
 import importlib
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,9 +86,7 @@ def draw(shape, mean=0.0, std=1.0, seed=0) -> np.ndarray:
 
 def parameters(shape) -> tuple[np.ndarray, np.ndarray]:
     """A scale and a bias that are neither 1 nor 0."""
-    size = math.prod(shape)
-    scale, bias = np.linspace(0.5, 2, size, dtype=np.float32), np.linspace(-1, 1, size, dtype=np.float32)
-    return scale.reshape(shape), bias.reshape(shape)
+    return tuple(np.linspace(*ends, math.prod(shape), dtype=np.float32).reshape(shape) for ends in ((0.5, 2), (-1, 1)))
 
 
 def cotangent(x, mask=None):
@@ -97,9 +96,7 @@ def cotangent(x, mask=None):
 
 def mask_of(n, *invalid) -> np.ndarray:
     """[n, 1], False at the given places."""
-    mask = np.ones((n, 1), bool)
-    mask[list(invalid)] = False
-    return mask
+    return ~np.isin(np.arange(n), invalid)[:, None]
 
 
 X, ONE = draw((64, 3), mean=2.0), draw((1, 3))
@@ -135,92 +132,77 @@ def worst(actual, expected, compare=error) -> float:
 
 def worst_feature(actual, expected) -> float:
     """The largest of the features' own errors, features last."""
-    return worst(np.asarray(actual).T, expected.T)
+    return worst(actual.T, expected.T)
 
 
 class Step(NamedTuple):
-    """The results of a training step."""
+    """The results of a training step; of all devices, samples by features [N, C]."""
 
-    y: Any
-    dx: Any
+    y: np.ndarray
+    dx: np.ndarray
     dparams: tuple  # to scale and bias; None of what is not used
     moments: list[tuple]  # the running mean and variance, on each device
 
 
 def step(name, x, *, mask=None, g=None, before=(0, 1), count=10**6, on_devices=False, **options):
-    """A training step by the implementation of that name (`Step`), and as it should be (`reference.Reference`).
+    """A training step by the implementation of that name, as it should be, and which samples are valid [N].
 
     The running mean and variance `before` it are of `count` batches. The cotangent g is a random one unless given.
     `on_devices`: each of x [D, ...] is on a device; what is expected is the result on the whole batch, on one.
     """
     options = {"epsilon": 1e-5, "axis": -1, "momentum": 0.5} | options
     layer = make(name, x[0] if on_devices else x, axis_name=DEVICES if on_devices else None, **options)
-    scale, bias = parameters(Options(x.shape, axis=options["axis"]).features)
+    whole = Options(x.shape, axis=options["axis"])
+    scale, bias = parameters(whole.features)
     params = scale if options.get("use_scale", True) else None, bias if options.get("use_bias", True) else None
     stats = layer.stored(*(np.full_like(scale, value) for value in before), count)
     g = cotangent(x, mask) if g is None else g
     y, stats, dx, dparams = (layer.devices if on_devices else layer.train)(params, stats, x, mask, g)
     states = [jax.tree.map(lambda leaf, d=d: leaf[d], stats) for d in range(len(x))] if on_devices else [stats]
-    whole = (-1, x.shape[-1]) if on_devices else x.shape
-    expected = reference.train(
-        x.reshape(whole),
-        np.ones_like(scale) if params[0] is None else scale,
-        np.zeros_like(bias) if params[1] is None else bias,
-        epsilon=options["epsilon"],
-        axis=options["axis"],
-        mask=mask.reshape(-1, 1) if on_devices and mask is not None else mask,
-        cotangent=g.reshape(whole),
-    )
-    return Step(y, dx, dparams, [layer.moments(state) for state in states]), expected
+
+    def flat(array):
+        return np.moveaxis(np.asarray(array), whole.axes, range(-len(whole.axes), 0)).reshape(-1, scale.size)
+
+    valid = flat(np.broadcast_to(True if mask is None else mask, x.shape))[:, 0]
+    used = (default if p is None else p.ravel() for p, default in zip(params, (1, 0), strict=True))
+    expected = reference.train(flat(x), *used, flat(g), valid, options["epsilon"])
+    return Step(flat(y), flat(dx), dparams, [layer.moments(state) for state in states]), expected, valid
 
 
-def errors(name, x, parts=BOTH, *, mask=None, compare=error, **options) -> float:
+def errors(name, x, parts=BOTH, *, compare=error, before=(0, 1), count=10**6, momentum=0.5, **options) -> float:
     """The largest error of these parts of a training step; of the output, over valid entries."""
-    found, expected = step(name, x, mask=mask, **options)
+    found, expected, valid = step(name, x, before=before, count=count, momentum=momentum, **options)
     measured = []
     if "output" in parts:
-        y, exact = found.y, expected.y
-        if mask is not None:
-            y, exact = (np.where(mask, np.reshape(a, x.shape), 0).reshape(expected.y.shape) for a in (y, exact))
-        measured += [compare(y, exact)]
+        measured += [compare(found.y[valid], expected.y)]
     if "gradient" in parts:
-        dparams = zip(found.dparams, (expected.dscale, expected.dbias), strict=True)
+        dparams = zip(found.dparams, expected.dparams, strict=True)
         measured += [compare(found.dx, expected.dx), *(error(a, e) for a, e in dparams if a is not None)]
+    after = averages(name, [expected.statistics], before, count, momentum)
     for i, part in enumerate(("mean", "variance")):
         if part in parts or "statistics" in parts:
-            after = running_statistics(name, expected, **options)[i]
-            measured += [error(moments[i], after) for moments in found.moments]
+            measured += [error(moments[i], after[i]) for moments in found.moments]
     return float(np.max(measured))
 
 
-def running_statistics(name, batch: reference.Reference, before=(0, 1), count=10**6, momentum=0.5, **_):
-    """The running mean and variance after that batch, by the implementation's own convention."""
-    unbias = batch.count / (batch.count - 1) if layers.ALL[name].unbiased and batch.count > 1 else 1
-    weight = 1 / (count + 1) if momentum is None else 1 - momentum
-    weights = weight * (batch.count > 0), weight * (batch.count > 1)
-    new = batch.mean, np.minimum(unbias * batch.var, np.longdouble(np.finfo(np.float32).max))
-    return [old + w * (n - old) for old, w, n in zip(before, weights, new, strict=True)]
+def averages(name, batches, before, count, momentum, unbiased=None):
+    """The running mean and variance after these batches, by the implementation's own convention."""
+    own = layers.ALL[name]
+    convention = {"debias": own.debias, "unbiased": own.unbiased if unbiased is None else unbiased}
+    return reference.averages(batches, before, count, momentum=momentum, **convention)
 
 
 def running(name, xs, *, momentum=0.9, unbiased=None) -> float:
     """The larger error of the running mean and variance after the batches xs [T, N, C]."""
     layer = make(name, xs[0], momentum=momentum, unbiased=unbiased)
     stats = layer.steps(parameters(xs.shape[2:]), layer.start(), xs)
-    implementation = layers.ALL[name]
     exact = xs.astype(np.float64)  # 1e-16: enough to judge float32 by
-    expected = reference.averages(
-        exact.mean(1),
-        exact.var(1),
-        np.full(len(xs), xs.shape[1]),
-        momentum=momentum,
-        debias=implementation.debias,
-        unbiased=implementation.unbiased if unbiased is None else unbiased,
-    )
-    return worst(layer.moments(stats), expected)
+    batches = zip(exact.mean(1), exact.var(1), itertools.repeat(xs.shape[1]))
+    return worst(layer.moments(stats), averages(name, batches, (0, 1), 0, momentum, unbiased))
 
 
-def evaluate(name, x, moments):
-    """Evaluation with this running mean and variance, [C] each, or None for the start: (y, dx), and as they should be.
+def evaluation(name, x, moments=None, which=0) -> float:
+    """Error of the output (0) or the derivative (1) with this running mean and variance, [C] each; None: at the start.
 
     The derivative is scale / sqrt(var + epsilon).
     """
@@ -230,13 +212,7 @@ def evaluate(name, x, moments):
     stats = layer.start() if moments is None else layer.stored(mean, var, 10**6)
     inv_sigma = 1 / np.sqrt(var.astype(np.longdouble) + 1e-5)
     expected = (x.astype(np.longdouble) - mean) * inv_sigma * scale + bias, cotangent(x) * scale * inv_sigma
-    return layer.evaluate((scale, bias), stats, x, cotangent(x)), expected
-
-
-def evaluation(name, x, moments=None, which=0) -> float:
-    """Error of the output (0) or the derivative (1)."""
-    found, expected = evaluate(name, x, moments)
-    return error(found[which], expected[which])
+    return error(layer.evaluate((scale, bias), stats, x, cotangent(x))[which], expected[which])
 
 
 def broadcast_masks(name, x) -> float:
@@ -251,9 +227,8 @@ def state_types(name, dtype) -> float:
     """0 if five steps leave every type and the structure of the statistics as they were, float32 at least."""
     xs = BATCHES.astype(dtype)
     layer = make(name, xs[0])
-    before = layer.start()
-    after = layer.steps(parameters((3,)), before, xs)
-    types = [jax.tree.map(lambda leaf: str(leaf.dtype).removeprefix("torch."), s) for s in (before, after)]
+    states = layer.start(), layer.steps(parameters((3,)), layer.start(), xs)
+    types = [jax.tree.map(lambda leaf: str(leaf.dtype).removeprefix("torch."), state) for state in states]
     low = {"float16", "bfloat16"} & {*jax.tree.leaves(types)}
     if low or types[0] != types[1]:
         raise Wrong(low.pop() if low else "types change")
@@ -263,8 +238,9 @@ def state_types(name, dtype) -> float:
 def output_type(name, dtype) -> float:
     """0 if output and gradient have the input's type, in training and in evaluation."""
     x = draw((64, 3)).astype(dtype)
-    found, _ = step(name, x)
-    for array in (found.y, found.dx, *evaluate(name, x, None)[0]):
+    found, layer = step(name, x)[0], make(name, x, momentum=0.5)
+    evaluated = layer.evaluate(parameters((3,)), layer.start(), x, cotangent(x))
+    for array in (found.y, found.dx, *evaluated):
         if array.dtype != x.dtype:
             raise Wrong(str(array.dtype))
     return 0.0
@@ -272,23 +248,22 @@ def output_type(name, dtype) -> float:
 
 def constant_feature(name, values) -> float:
     """The largest distance from the bias, of three features with these values."""
-    _, bias = parameters((3,))
     inputs = (np.tile(np.float32(values), (n, 1)) for n in (64, 512))
-    return float(np.max([np.abs(np.asarray(step(name, x)[0].y) - bias).max() for x in inputs]))
+    return float(np.max([np.abs(step(name, x)[0].y - parameters((3,))[1]).max() for x in inputs]))
 
 
 def powers_of_two(name) -> float | int:
     """For how many k from -60 to 60 the output of BN(2^k W u) is not bitwise that of BN(W u), epsilon being 0."""
     x = draw((64, 16), seed=2) @ draw((16, 3))
-    outputs = [np.asarray(step(name, np.ldexp(x, k), epsilon=0.0)[0].y) for k in range(-60, 61)]
+    outputs = [step(name, np.ldexp(x, k), epsilon=0.0)[0].y for k in range(-60, 61)]
     return sum(not np.array_equal(y, outputs[60]) for y in outputs)
 
 
 def no_information(name, x, **options) -> float:
     """Distance from the bias, and from a zero gradient, of constant features or nothing valid."""
-    found, _ = step(name, x, g=cotangent(x), **options)
-    _, bias = parameters((3,))
-    return worst((found.y, found.dx, found.dparams[0]), (np.tile(bias, (len(x), 1)), np.zeros(x.shape), np.zeros(3)))
+    found = step(name, x, g=cotangent(x), **options)[0]
+    expected = np.tile(parameters((3,))[1], (len(x), 1)), np.zeros(x.shape), np.zeros(3)
+    return worst((found.y, found.dx, found.dparams[0]), expected)
 
 
 def confined(name, value) -> float:
@@ -306,12 +281,9 @@ def onnx_cases() -> dict:
     for module in ("batch_normalization", "batchnorm"):  # the latter in older versions
         with contextlib.suppress(ImportError):
             importlib.import_module(f"{package}.{module}")
-    node_cases = getattr(sys.modules.get(package), "_NodeTestCases", [])
-    return {
-        case.name.removeprefix("test_"): case
-        for case in node_cases
-        if any(node.op_type == "BatchNormalization" for node in case.model.graph.node)
-    }
+    found = getattr(sys.modules.get(package), "_NodeTestCases", [])
+    found = [case for case in found if "BatchNormalization" in (node.op_type for node in case.model.graph.node)]
+    return {case.name.removeprefix("test_"): case for case in found}
 
 
 def onnx_node(name, case) -> float:
@@ -389,17 +361,15 @@ def semantics(row, each) -> Iterator[Case]:
 
 def numerics(row, each) -> Iterator[Case]:
     """Errors far from zero and from one, and in other types."""
-    for part in PARTS.split():
-        for n in (512, 65_536):
-            for k in (2, 4, 6):
-                yield from each(f"mean/std 1e{k}, N = {n:,}", part, x=draw((n, 3), mean=10.0**k))
+    for part, n, k in itertools.product(PARTS.split(), (512, 65_536), (2, 4, 6)):
+        yield from each(f"mean/std 1e{k}, N = {n:,}", part, x=draw((n, 3), mean=10.0**k))
     for k in (4, 6):
         outlier = draw((65_536, 3), mean=10.0**k)
         outlier[0] += 1000
         yield from each(f"mean/std 1e{k}, first sample 1,000 std away", BOTH, x=outlier)
     for k in (4, 6):
-        far = draw((512, 3), mean=10.0**k)
-        yield from each(f"mean/std 1e{k}, first sample masked", BOTH, x=far, mask=mask_of(512, 0))
+        far = {"x": draw((512, 3), mean=10.0**k), "mask": mask_of(512, 0)}
+        yield from each(f"mean/std 1e{k}, first sample masked", BOTH, **far)
     for k in (4, 6):
         yield from each(f"axis_name, mean/std 1e{k}", x=draw((4, 16, 3), mean=10.0**k), on_devices=True)
     for text, values in (("0.1, 7, 1,000", [0.1, 7, 1e3]), ("1e-30, -3e7, 1e30", [1e-30, -3e7, 1e30])):

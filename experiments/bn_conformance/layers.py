@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import bnjax
 from bnjax import batch_norm
@@ -85,8 +84,7 @@ def find(implementation: Implementation) -> tuple[bool, str]:
     """Whether it can be used here, and its version, or why not."""
     if implementation.module == "bnjax":
         return True, bnjax.__version__
-    if implementation.module == "keras":
-        os.environ["KERAS_BACKEND"] = "jax"
+    os.environ["KERAS_BACKEND"] = "jax"  # read when it is imported
     try:
         importlib.import_module(implementation.module)
     except ModuleNotFoundError as error:
@@ -116,8 +114,14 @@ def mean_and_var(mean, var, count=None) -> dict[str, Any]:
 def jax_layer(start, call, stored=mean_and_var, moments=lambda stats: (stats["mean"], stats["var"])) -> Layer:
     """A `Layer` from some of its fields and call: (params, stats, x, mask, train) -> (y, stats)."""
 
-    def train(params, stats, x, mask, cotangent):
-        y, pullback, stats = jax.vjp(lambda x, params: call(params, stats, x, mask, True), x, params, has_aux=True)
+    def one(params, stats, x, mask):
+        return call(params, stats, x, mask, True)
+
+    def each(params, stats, xs, masks):
+        return jax.vmap(functools.partial(one, params, stats), axis_name=DEVICES)(xs, masks)
+
+    def step(forward, params, stats, x, mask, cotangent):
+        y, pullback, stats = jax.vjp(lambda x, params: forward(params, stats, x, mask), x, params, has_aux=True)
         return y, stats, *pullback(cotangent.astype(y.dtype))
 
     def evaluate(params, stats, x, cotangent):
@@ -125,15 +129,9 @@ def jax_layer(start, call, stored=mean_and_var, moments=lambda stats: (stats["me
         return y, *pullback(cotangent.astype(y.dtype))
 
     def steps(params, stats, xs):
-        return jax.lax.scan(lambda stats, x: (call(params, stats, x, None, True)[1], None), stats, xs)[0]
+        return jax.lax.scan(lambda stats, x: (one(params, stats, x, None)[1], None), stats, xs)[0]
 
-    def devices(params, stats, xs, masks, cotangents):
-        def outputs(xs, params):
-            return jax.vmap(lambda x, mask: call(params, stats, x, mask, True), axis_name=DEVICES)(xs, masks)
-
-        ys, pullback, stats = jax.vjp(outputs, xs, params, has_aux=True)
-        return ys, stats, *pullback(cotangents.astype(ys.dtype))
-
+    train, devices = (functools.partial(step, forward) for forward in (one, each))
     return Layer(jax.jit(start), stored, moments, *map(jax.jit, (train, evaluate, steps, devices)))
 
 
@@ -190,13 +188,12 @@ def flax_nnx_layer(options: Options) -> Layer:
         return nnx.BatchNorm(options.features[0], rngs=nnx.Rngs(0), **flax_options(options))
 
     def stats_of(layer):
-        return mean_and_var(layer.mean[...], layer.var[...])
+        return {"mean": layer.mean[...], "var": layer.var[...]}
 
     def call(params, stats, x, mask, train):
         layer = build()
-        for kind, values in ((nnx.Param, present(params, "scale", "bias")), (nnx.BatchStat, stats)):
-            for name, value in values.items():
-                setattr(layer, name, kind(value))
+        for name, value in (present(params, "scale", "bias") | stats).items():
+            setattr(layer, name, nnx.Variable(value))
         return layer(x, use_running_average=not train, mask=mask), stats_of(layer)
 
     return jax_layer(lambda: stats_of(build()), call)
@@ -212,32 +209,21 @@ def haiku_layer(options: Options) -> Layer:
     shape = tuple(n if a in options.axes else 1 for a, n in enumerate(options.shape))
     policy = jmp.get_policy(f"params=float32,compute=float32,output={options.dtype}")
     names = ("batch_norm/~/mean_ema", "batch_norm/~/var_ema")
+    affine, numbers = (options.use_scale, options.use_bias), (options.momentum, options.epsilon)
 
     @hk.transform_with_state
     def module(x, is_training):
-        layer = hk.BatchNorm(
-            options.use_scale,
-            options.use_bias,
-            decay_rate=options.momentum,
-            eps=options.epsilon,
-            axis=reduced,
-            cross_replica_axis=options.axis_name,
-        )
-        return layer(x, is_training)
-
-    def policies():
         pushed = hk.mixed_precision.push_policy(hk.BatchNorm, policy)
-        return pushed if options.half else contextlib.nullcontext()
+        with pushed if options.half else contextlib.nullcontext():
+            return hk.BatchNorm(*affine, *numbers, axis=reduced, cross_replica_axis=options.axis_name)(x, is_training)
 
     def start():
-        with policies():
-            return module.init(None, jnp.zeros(options.shape, options.dtype), is_training=True)[1]
+        return module.init(None, jnp.zeros(options.shape, options.dtype), is_training=True)[1]
 
     def call(params, stats, x, mask, train):
         refuse(mask is not None)
         named = {name: value.reshape(shape) for name, value in present(params, "scale", "offset").items()}
-        with policies():
-            return module.apply({"batch_norm": named}, stats, None, x, train)
+        return module.apply({"batch_norm": named}, stats, None, x, train)
 
     def stored(mean, var, count):
         values = (value.reshape(shape) for value in (mean, var))
@@ -260,14 +246,8 @@ def equinox_layer(options: Options) -> Layer:
     names = "batch" if options.axis_name is None else (options.axis_name, "batch")
 
     def build():
-        return eqx.nn.make_with_state(eqx.nn.BatchNorm)(
-            options.features[0],
-            axis_name=options.axis_name if single else names,
-            eps=options.epsilon,
-            channelwise_affine=options.use_scale,
-            momentum=options.momentum,
-            mode="batch",
-        )
+        given = options.features[0], options.axis_name if single else names, options.epsilon, options.use_scale
+        return eqx.nn.make_with_state(eqx.nn.BatchNorm)(*given, options.momentum, mode="batch")
 
     def stats_of(layer, state):
         return {"counter": state.get(layer.batch_counter), "hidden": state.get(layer.batch_state_index)}
@@ -300,14 +280,9 @@ def keras_layer(options: Options) -> Layer:
 
     refuse(keras.backend.backend() != "jax", options.momentum is None, options.unbiased, len(options.axes) > 1)
     refuse(options.axis_name is not None)  # synchronized is for TensorFlow
-    layer = keras.layers.BatchNormalization(
-        axis=options.axes[0],
-        momentum=options.momentum,
-        epsilon=options.epsilon,
-        scale=options.use_scale,
-        center=options.use_bias,
-        dtype=f"mixed_{options.dtype}" if options.half else options.dtype,
-    )
+    named = {"scale": options.use_scale, "dtype": f"mixed_{options.dtype}" if options.half else options.dtype}
+    given = options.axes[0], options.momentum, options.epsilon, options.use_bias
+    layer = keras.layers.BatchNormalization(*given, **named)
     layer.build(options.shape)
 
     def call(params, stats, x, mask, train):
@@ -329,68 +304,50 @@ def torch_layer(options: Options) -> Layer:
     refuse(options.axes != (1,), options.unbiased is False, options.epsilon == 0)  # eps must be positive
     refuse(options.use_bias and not options.use_scale)  # affine is both or none
 
-    def build():
-        kind = torch.nn.BatchNorm1d if len(options.shape) < 4 else torch.nn.BatchNorm2d
-        return kind(
-            options.features[0],
-            eps=options.epsilon,
-            momentum=None if options.momentum is None else 1 - options.momentum,
-            affine=options.use_scale,
-            **({"bias": False} if options.use_scale and not options.use_bias else {}),
-            dtype=torch.float64 if options.dtype == "float64" else None,
-        )
+    kind = torch.nn.BatchNorm1d if len(options.shape) < 4 else torch.nn.BatchNorm2d
+    momentum = None if options.momentum is None else 1 - options.momentum
+    precision = torch.float64 if options.dtype == "float64" else torch.float32
+    more = {"bias": options.use_bias, "dtype": precision}
+    module = kind(options.features[0], options.epsilon, momentum, options.use_scale, **more)
 
-    def tensor(array):
-        array = jnp.asarray(array)
-        if array.dtype == jnp.bfloat16:
-            return torch.tensor(np.asarray(array, np.float32)).to(torch.bfloat16)
-        return torch.tensor(np.asarray(array))
+    def tensor(array, dtype=None):
+        return torch.from_dlpack(jnp.array(array)).to(dtype)
+
+    def loaded(params):
+        return {name: tensor(p, precision) for name, p in present(params, "weight", "bias").items()}
 
     def array(tensor):
-        if tensor.dtype == torch.bfloat16:
-            return np.asarray(tensor.detach().float().numpy()).astype(jnp.bfloat16)
-        return tensor.detach().numpy()
+        return jnp.from_dlpack(tensor.detach())
 
-    @torch.no_grad()
-    def loaded(params, stats, training):
-        module = build().train(training)
-        values = {name: tensor(value) for name, value in present(params, "weight", "bias").items()}
-        for name, value in (values | stats).items():
-            getattr(module, name).copy_(value)
-        return module
+    def call(params, stats, x, training):
+        stats = {name: buffer.clone() for name, buffer in stats.items()}  # which are changed in place
+        return torch.func.functional_call(module.train(training), params | stats, (x,)), stats
 
-    def stats_of(module):
-        return {name: buffer.clone() for name, buffer in module.named_buffers()}
-
-    def call(params, stats, x, cotangent, training):
-        module, x = loaded(params, stats, training), tensor(x).requires_grad_()
-        y = module(x)
-        y.backward(tensor(cotangent).to(y.dtype))
-        gradients = tuple(p if p is None else array(p.grad) for p in (module.weight, module.bias))
-        return array(y), stats_of(module), array(x.grad), gradients
-
-    def train(params, stats, x, mask, cotangent):
+    def train(params, stats, x, mask, cotangent, training=True):
         refuse(mask is not None)
-        return call(params, stats, x, cotangent, True)
+        params, x = loaded(params), tensor(x)
+        leaves = [leaf.requires_grad_() for leaf in (x, *params.values())]
+        y, stats = call(params, stats, x, training)
+        dx, *dparams = map(array, torch.autograd.grad(y, leaves, tensor(cotangent, y.dtype)))
+        return array(y), stats, dx, (*dparams, None, None)[:2]
 
     def evaluate(params, stats, x, cotangent):
-        y, _, dx, _ = call(params, stats, x, cotangent, False)
+        y, _, dx, _ = train(params, stats, x, None, cotangent, training=False)
         return y, dx
 
     def steps(params, stats, xs):
-        module = loaded(params, stats, True)
-        with torch.no_grad():
-            for x in tensor(xs):
-                module(x)
-        return stats_of(module)
+        for x in tensor(xs):
+            _, stats = call(loaded(params), stats, x, True)
+        return stats
 
     def stored(mean, var, count):
-        return {"running_mean": tensor(mean), "running_var": tensor(var), "num_batches_tracked": torch.tensor(count)}
+        mean, var = (tensor(moment, precision) for moment in (mean, var))
+        return {"running_mean": mean, "running_var": var, "num_batches_tracked": torch.tensor(count)}
 
     def moments(stats):
         return array(stats["running_mean"]), array(stats["running_var"])
 
-    return Layer(lambda: stats_of(build()), stored, moments, train, evaluate, steps, devices=None)
+    return Layer(lambda: dict(module.named_buffers()), stored, moments, train, evaluate, steps, devices=None)
 
 
 slow_flax_linen_layer = functools.partial(flax_linen_layer, use_fast_variance=False)

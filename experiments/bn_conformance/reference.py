@@ -1,72 +1,57 @@
 """Batch normalization and its derivative as the textbook has them, in numpy's longest floats; none of it is bnjax's."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
+LARGEST = np.longdouble(np.finfo(np.float32).max)  # where a stored variance saturates
+
 
 class Reference(NamedTuple):
-    """All that a training step should give. Statistics have size 1 on the axes they are taken over."""
+    """All that a training step should give."""
 
-    y: np.ndarray
-    mean: np.ndarray
-    var: np.ndarray  # biased
-    count: int  # valid entries
-    dx: np.ndarray | None = None  # 0 where masked
-    dscale: np.ndarray | None = None
-    dbias: np.ndarray | None = None
+    y: np.ndarray  # [valid samples, C]
+    dx: np.ndarray  # [N, C]; 0 where masked
+    dparams: tuple[np.ndarray, np.ndarray]  # to scale and bias, [C]
+    statistics: tuple[np.ndarray, np.ndarray, int]  # mean and biased variance, [C], and the number of valid samples
 
 
-def train(x, scale, bias, *, epsilon=1e-5, axis=-1, mask=None, cotangent=None) -> Reference:
-    """A training step, x taken as exact; with a cotangent of y, the derivatives too.
+def train(x, scale, bias, cotangent, valid, epsilon) -> Reference:
+    """A training step, x [N, C] taken as exact; `valid` [N] says which of its rows are.
 
     A feature without variance has x_hat = 0, and a derivative of 0 if epsilon is 0 as well.
     """
-    features = {a % x.ndim for a in np.atleast_1d(axis)}
-    reduced = tuple(a for a in range(x.ndim) if a not in features)
-
-    def wide(parameter):  # [C] -> the rank of x
-        return np.expand_dims(np.asarray(parameter, np.longdouble), reduced)
-
-    valid = np.ones((1,) * x.ndim, bool) if mask is None else mask
-    valid = np.broadcast_to(valid, tuple(1 if a in features else n for a, n in enumerate(x.shape)))
-    count = int(valid.sum())
+    dx = np.zeros(x.shape, np.longdouble)
+    x, g = (array[valid].astype(np.longdouble) for array in (x, cotangent))
 
     def mean_of(values):
-        return values.sum(reduced, keepdims=True, where=np.broadcast_to(valid, x.shape)) / max(count, 1)
+        return values.sum(0) / max(len(values), 1)
 
-    x = np.where(valid, x.astype(np.longdouble), 0)
     mean = mean_of(x)
-    centred = np.where(valid, x - mean, 0)
-    var = mean_of(centred**2)
+    var = mean_of((x - mean) ** 2)
     inv_sigma = np.where(var + epsilon > 0, 1 / np.sqrt(np.where(var + epsilon > 0, var + epsilon, 1)), 0)
-    x_hat = centred * inv_sigma
-    y = x_hat * wide(scale) + wide(bias)
-    if cotangent is None:
-        return Reference(y, mean, var, count)
-    g = np.where(valid, cotangent.astype(np.longdouble), 0)
-    dx = wide(scale) * inv_sigma * (g - mean_of(g) - x_hat * mean_of(g * x_hat))
-    return Reference(y, mean, var, count, np.where(valid, dx, 0), (g * x_hat).sum(reduced), g.sum(reduced))
+    x_hat = (x - mean) * inv_sigma
+    dx[valid] = scale * inv_sigma * (g - mean_of(g) - x_hat * mean_of(g * x_hat))
+    return Reference(x_hat * scale + bias, dx, ((g * x_hat).sum(0), g.sum(0)), (mean, var, len(x)))
 
 
-def averages(means, variances, counts, *, momentum, debias, unbiased) -> tuple[np.ndarray, np.ndarray]:
-    """The running mean and variance [C] after batches with these statistics, [T, C], and sizes [T].
+def averages(batches: Iterable[tuple], before, count, *, momentum, debias, unbiased) -> tuple[np.ndarray, np.ndarray]:
+    """The running mean and variance after batches of these statistics: (mean, biased variance, size) of each.
 
     Args:
-      means: the batches' means.
-      variances: their biased variances.
-      counts: their sizes.
+      batches: none of 0 changes anything, none of 1 the variance.
+      before: mean and variance before them, of `count` batches.
+      count: see there.
       momentum: weight of the old value; None for the plain average over all batches.
-      debias: no trace is left of the start, mean 0 and variance 1.
+      debias: no trace is left of the start.
       unbiased: variances are taken times n / (n - 1).
     """
-    means, variances, counts = (np.asarray(a, np.longdouble) for a in (means, variances, counts))
-    if unbiased:
-        variances = variances * (counts / (counts - 1))[:, None]
-    if momentum is None:
-        return means.mean(0), variances.mean(0)
-    steps = len(means)
-    weights = (1 - momentum) * np.longdouble(momentum) ** np.arange(steps - 1, -1, -1)
-    if debias:
-        return weights @ means / weights.sum(), weights @ variances / weights.sum()
-    return weights @ means, weights @ variances + np.longdouble(momentum) ** steps
+    mean, var = before
+    for i, (batch_mean, batch_var, n) in enumerate(batches, count + 1):
+        weight = 1 / np.longdouble(i) if momentum is None else 1 - np.longdouble(momentum)
+        weight = weight / (1 - np.longdouble(momentum) ** i) if debias else weight
+        mean = mean + (n > 0) * weight * (batch_mean - mean)
+        seen = np.minimum(batch_var * (n / max(n - 1, 1) if unbiased else 1), LARGEST)
+        var = var + (n > 1) * weight * (seen - var)
+    return mean, var

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -13,16 +13,17 @@ import xarray as xr
 
 import bnjax
 from bnjax import activations, choices, losses, probes
+from bnjax.findings import number
 from bnjax.models import mlp
 from bnjax.theory.mean_field import init_scale_threshold
 from experiments import common
 from experiments.settings import at_least, check_axis, parse_counts, positive, require, setting
+from experiments.table import Table
 
 LOSSES = ("cotangent", "cross_entropy")
 NORM_NAMES = {"batch": "BN", "none": "no BN"}
 ABOVE = 30  # times the threshold of init_scale: where BN's powers begin
 FLAT = 0.05  # the largest slope that counts as 0, and the largest distance from a law
-AXES = ("activation", "norm", "depth")
 parse_steps = functools.partial(parse_counts, least=0)
 
 
@@ -48,14 +49,12 @@ class Settings:
     learning_rate: float = setting(0.1, "Of the training, SGD with momentum 0.9.")
 
     def __post_init__(self):
-        for field in ("activations", "norms"):
-            names = getattr(self, field)
+        for kind, *allowed in (("activation", activations.ACTIVATIONS, activations.ALIASES), ("norm", mlp.NORMS)):
+            names = getattr(self, f"{kind}s")
             words = f"must name at least one, and none twice, got {','.join(names)!r}"
-            require(all(names) and len({*names}) == len(names), field, words)
-        for name in self.activations:
-            choices.check("activation in --activations", name, activations.ACTIVATIONS, activations.ALIASES)
-        for name in self.norms:
-            choices.check("norm in --norms", name, mlp.NORMS)
+            require(all(names) and len({*names}) == len(names), f"{kind}s", words)
+            for name in names:
+                choices.check(f"{kind} in --{kind}s", name, *allowed)
         choices.check("--loss", self.loss, LOSSES)
         least = 3 if "batch" in self.norms else 1  # BN passes no gradient through 2 examples
         at_least(self, hidden_width=1, more_seeds=0, batch_size=least, jacobian_examples=least)
@@ -92,15 +91,11 @@ def measure(settings: Settings, ds: bnjax.Dataset, scales: Sequence[float], prog
       program: (model, x, y) -> a function of (params, batch_stats) of all seeds -> {"layer/quantity": [seeds]}.
     """
     x, y = (jnp.asarray(part[: settings.batch_size]) for part in ds[:2])
-    coords = {
-        "activation": np.asarray(settings.activations, object),
-        "norm": np.asarray(settings.norms, object),
-        "depth": np.asarray(settings.depths),
-        "init_scale": np.sort(scales),
-        "seed": np.asarray(settings.seeds),
-        "layer": np.asarray([*(f"hidden_{i}" for i in range(max(settings.depths))), "output"], object),
-    }
-    shape, layers, data = [len(values) for values in coords.values()], coords["layer"].tolist(), {}
+    networks = {"activation": np.asarray(settings.activations, object), "norm": np.asarray(settings.norms, object)}
+    networks["depth"] = np.asarray(settings.depths)
+    layers = np.asarray([*(f"hidden_{i}" for i in range(max(settings.depths))), "output"], object)
+    scales, seeds, data = np.sort(scales), np.asarray(settings.seeds), {}
+    coords = networks | {"init_scale": scales, "seed": seeds, "layer": layers}
 
     def initializer(norm, depth):  # the same for all activations
         init = functools.partial(model(settings, settings.activations[0], norm, depth).init, input_shape=x.shape[1:])
@@ -110,15 +105,26 @@ def measure(settings: Settings, ds: bnjax.Dataset, scales: Sequence[float], prog
 
     def one(names):
         run = jax.jit(program(model(settings, *names), x, y))
-        found = [run(*inits[names[1:]](scale, coords["seed"])) for scale in coords["init_scale"]]
-        return jax.tree.map(lambda *scales: np.stack(scales), *found)  # [scales, seeds]
+        found = [run(*inits[names[1:]](scale, seeds)) for scale in scales]
+        return jax.tree.map(lambda *values: np.stack(values), *found)  # [scales, seeds]
 
-    every = list(itertools.product(*(coords[axis].tolist() for axis in AXES)))
-    found = common.on_all_devices(one, every, "at initialization")
-    for index, values in zip(np.ndindex(*shape[:3]), found, strict=True):
-        for (layer, quantity), value in ((name.split("/"), value) for name, value in values.items()):
-            data.setdefault(quantity, np.full(shape, np.nan, np.float32))[*index, ..., layers.index(layer)] = value
-    return xr.Dataset({name: (tuple(coords), values) for name, values in data.items()}, coords)
+    every = list(itertools.product(*(values.tolist() for values in networks.values())))
+    for names, found in zip(every, common.on_all_devices(one, every, "at initialization"), strict=True):
+        for name, values in found.items():
+            layer, quantity = name.split("/")
+            nothing = np.full([len(labels) for labels in coords.values()], np.nan, np.float32)
+            at = dict(zip(networks, names, strict=True)) | {"layer": layer}
+            data.setdefault(quantity, xr.DataArray(nothing, coords)).loc[at] = values
+    return xr.Dataset(data)
+
+
+def points(title: str, values: xr.Dataset, dims: Sequence[str], columns: Mapping[str, tuple[str, str]], words: str):
+    """A table with a row for each point of `values` along `dims`, and columns {header: (quantity, its unit)}."""
+    frame = values[[name for name, _ in columns.values()]].to_dataframe(dim_order=[*dims])
+    cells = [[NORM_NAMES.get(at, at) if isinstance(at, str) else f"{at:g}" for at in index] for index in frame.index]
+    for name, unit in columns.values():
+        cells = [[*row, number(value, unit)] for row, value in zip(cells, frame[name], strict=True)]
+    return Table(title, [*dims, *columns], cells, words)
 
 
 def gradients(settings: Settings) -> Callable:

@@ -11,7 +11,7 @@ import xarray as xr
 
 import bnjax
 from bnjax import plots, probes
-from bnjax.findings import Check, Finding, number
+from bnjax.findings import Check, Finding
 from experiments.claim import Claim
 from experiments.gradient_flow import common
 from experiments.gradient_flow.common import FLAT, NORM_NAMES, Settings
@@ -80,22 +80,10 @@ def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
 
 def tables(results: xr.Dataset, settings: Settings) -> list[Table]:
     """The last hidden layer by scale; all layers of the first activation at the scale nearest 1."""
-    depth, first, means = settings.depths[0], settings.activations[0], results.mean("seed")
-    layers, scale = results.layer.values[:depth], min(settings.shown_scales, key=lambda value: abs(math.log(value)))
-
-    def rows(columns, name, **axes):
-        """One for each combination of the axes; `name`: its first cells."""
-        every = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-        return [[*name(at), *(number(float(means.sel(at)[q]), unit) for q, unit in columns.values())] for at in every]
-
-    at = {"activation": [first], "depth": [depth], "init_scale": [scale], "norm": settings.norms, "layer": layers}
-    forward, backward = (
-        rows(columns, lambda at: (NORM_NAMES[at["norm"]], at["layer"]), **at) for columns in (SPREADS | RANKS, BACKWARD)
-    )
-    at = {"activation": settings.activations, "norm": settings.norms, "init_scale": results.init_scale.values}
-    last = rows(
-        RANKS, lambda at: (at["activation"], NORM_NAMES[at["norm"]], f"{at['init_scale']:g}"), **at, layer=layers[-1:]
-    )
+    depth, first = settings.depths[0], settings.activations[0]
+    means, scale = results.mean("seed"), min(settings.shown_scales, key=lambda value: abs(math.log(value)))
+    means = means.sel(depth=depth, drop=True).isel(layer=slice(0, depth))
+    at_one = means.sel(activation=first, init_scale=scale, drop=True)
     title = f"{first}, {depth} hidden layers, init_scale {scale:g}, layer by layer"
     words = "Means over seeds. Saturated: |phi'| < 0.01. Dead: one value for all examples of the batch."
     spread = f"{words} Spread: root mean square over units of the standard deviation over the batch."
@@ -104,11 +92,11 @@ def tables(results: xr.Dataset, settings: Settings) -> list[Table]:
         f"{settings.jacobian_examples} examples: its largest singular value, the median of those above 1e-4 of that, "
         "and their share."
     )
-    head = ["network", "layer"]
+    last, by_scale = means.isel(layer=-1, drop=True), ("activation", "norm", "init_scale")
     return [
-        Table("Activations of the last hidden layer", ["activation", "norm", "init_scale", *RANKS], last, words),
-        Table(f"Signals of {title}", [*head, *SPREADS, *RANKS], forward, spread),
-        Table(f"Gradients of {title}", [*head, *BACKWARD], backward, jacobian),
+        common.points("Activations of the last hidden layer", last, by_scale, RANKS, words),
+        common.points(f"Signals of {title}", at_one, ("norm", "layer"), SPREADS | RANKS, spread),
+        common.points(f"Gradients of {title}", at_one, ("norm", "layer"), BACKWARD, jacobian),
     ]
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +17,7 @@ from experiments.gradient_flow import common
 from experiments.gradient_flow.common import ABOVE, FLAT, NORM_NAMES, Settings
 from experiments.table import Table
 
+# The gradient is that to W, to W x, to BN(W x) and to phi(...).
 LABELS = {"weight": "W", "preactivation": "W x", "norm": "BN(W x)", "activation": "phi(...)"}
 HOMOGENEOUS = ("relu", "leaky_relu", "linear")  # phi(a z) = a phi(z)
 SATURATING = ("tanh", "sigmoid")
@@ -56,16 +56,9 @@ def has_law(settings: Settings, activation: str, norm: str) -> bool:
     return norm == "batch" or (activation in HOMOGENEOUS and settings.loss == "cotangent")
 
 
-def networks(settings: Settings, norm: str) -> Iterator[dict[str, Any]]:
-    """Those with that norm, by the names of the results' dimensions."""
-    if norm in settings.norms:
-        for activation, depth in itertools.product(settings.activations, settings.depths):
-            yield {"activation": activation, "norm": norm, "depth": depth}
-
-
-def in_range(results: xr.Dataset, network: Mapping[str, Any]) -> xr.Dataset:
+def in_range(results: xr.Dataset, activation: str, norm: str, depth: int) -> xr.Dataset:
     """One network's hidden layers; NaN at scales at which a signal leaves float32's range."""
-    one = results.sel(network).isel(layer=slice(0, network["depth"]))
+    one = results.sel(activation=activation, norm=norm, depth=depth, drop=True).isel(layer=slice(0, depth))
     return one.where(np.isfinite(one.activation_spread).all(["layer", "seed"]))
 
 
@@ -74,42 +67,41 @@ class Fit(NamedTuple):
 
     activation: str
     depth: int
-    name: str
-    scales: np.ndarray  # at which all gradients are finite and not 0
-    ends: dict[str, tuple[float, float]]  # {quantity: lowest and highest slope of the layers, means over seeds}
-    deviation: float  # the largest standard deviation over seeds
-    error: Check  # the largest distance from the theory of any layer and quantity, by seed
-    growth: np.ndarray  # [seed], of the squared norm of the gradient to phi(...), per layer towards the input
+    data: xr.Dataset  # at the scales at which all gradients are finite and not 0
+    slopes: xr.DataArray  # [quantity, seed, layer]
+    error: Check  # the largest distance from the theory, by seed
+
+    @property
+    def ends(self) -> xr.DataArray:
+        """The lowest and the highest slope of the layers, means over seeds: [2, quantity]."""
+        means = self.slopes.mean("seed")
+        return xr.concat([means.min("layer"), means.max("layer")], "end")
 
 
 def fits(results: xr.Dataset, settings: Settings, norm: str) -> list[Fit]:
     """Of the networks with that norm that have a law, and 2 scales at least."""
     found = []
-    for network in networks(settings, norm):
-        activation, depth = network["activation"], network["depth"]
-        one = in_range(results.sel(seed=list(settings.seeds)), network)
+    for activation, depth in itertools.product(settings.activations, settings.depths):
+        if norm not in settings.norms or not has_law(settings, activation, norm):
+            continue
+        one = in_range(results.sel(seed=list(settings.seeds)), activation, norm, depth)
         good = ((one.weight_gradient > 0) & np.isfinite(one.weight_gradient)).all(["seed", "layer"])
         one = one.sel(init_scale=good & (one.init_scale >= common.first_scale(settings, activation, norm)))
-        if has_law(settings, activation, norm) and one.sizes["init_scale"] > 1:
-            name, scales = f"{activation}, {NORM_NAMES[norm]}, {depth} layers", one.init_scale.values
-            fit = {to: slopes(one[f"{to}_gradient"]) for to in LABELS if norm == "batch" or to != "norm"}
-            laws = {to: xr.DataArray(theory(norm, to, depth), dims="layer") for to in fit}
-            errors = np.max([abs(fit[to] - laws[to]).max("layer") for to in fit], axis=0)
-            means = {to: slope.mean("seed") for to, slope in fit.items()}
-            ends = {to: (float(mean.min()), float(mean.max())) for to, mean in means.items()}
-            passing = one.activation_gradient.astype(float)
-            growth = (passing.isel(layer=0) / passing.isel(layer=-1)) ** (2 / max(depth - 1, 1))
-            error = Check(f"{name}: largest error of a slope", errors, below=FLAT, holds="all")
-            std = max(float(slope.std("seed").max()) for slope in fit.values())
-            found.append(Fit(activation, depth, name, scales, ends, std, error, growth.median("init_scale").values))
+        if one.sizes["init_scale"] > 1:
+            to = [name for name in LABELS if norm == "batch" or name != "norm"]
+            fitted = xr.concat([slopes(one[f"{name}_gradient"]) for name in to], "quantity").assign_coords(quantity=to)
+            law = xr.DataArray([theory(norm, name, depth) for name in to], dims=("quantity", "layer"))
+            error = abs(fitted - law).max(["quantity", "layer"]).values
+            words = f"{activation}, {NORM_NAMES[norm]}, {depth} layers: largest error of a slope"
+            found.append(Fit(activation, depth, one, fitted, Check(words, error, below=FLAT, holds="all")))
     return found
 
 
 def slope_checks(name: str, fitted: list[Fit], quantity: str, power: int) -> list[Check]:
     """The lowest and the highest slope of these fits."""
-    lowest, highest = zip(*(fit.ends[quantity] for fit in fitted), strict=True)
-    ends, within = {"lowest": min(lowest), "highest": max(highest)}, (power - FLAT, power + FLAT)
-    return [Check(f"{word} slope of the gradient to {name}", value, within=within) for word, value in ends.items()]
+    ends, within = [fit.ends.sel(quantity=quantity) for fit in fitted], (power - FLAT, power + FLAT)
+    both = {"lowest": min(float(low) for low, _ in ends), "highest": max(float(high) for _, high in ends)}
+    return [Check(f"{word} slope of the gradient to {name}", value, within=within) for word, value in both.items()]
 
 
 def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
@@ -126,8 +118,8 @@ def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
             saturates = activation in SATURATING
             claim += f" follows no power of init_scale{': it grows, then is exactly 0' * saturates}."
             bound = {"below": max(settings.init_scales), "holds": "all"} if saturates else {}
-            for network in (one for one in networks(settings, "none") if one["activation"] == activation):
-                one, name = facts(results, network, 0), f"first W of {network['depth']} layers"
+            for depth in settings.depths:
+                one, name = facts(results, activation, depth, 0), f"first W of {depth} layers"
                 checks += [
                     Check(f"{name}: change of the slope over all scales", one["change"], above=FLAT),
                     Check(f"{name}: norm at {one['one']:.3g}", one["at_one"]),
@@ -144,13 +136,16 @@ def with_norm(results: xr.Dataset, settings: Settings) -> list[Finding]:
     if fitted:
         for quantity, name in {"norm": "BN's outputs", "activation": "the layers' outputs", "weight": "W"}.items():
             checks += slope_checks(name, fitted, quantity, theory("batch", quantity, 1)[0])
-        checks += [fit.error for fit in fitted]
-        checks += [Check("fewest decades of a fit", min(np.log10(fit.scales[-1] / fit.scales[0]) for fit in fitted))]
+        decades = [np.log10(fit.data.init_scale.values[-1] / fit.data.init_scale.values[0]) for fit in fitted]
+        checks += [*(fit.error for fit in fitted), Check("fewest decades of a fit", min(decades))]
         for name in settings.activations:
             threshold = init_scale_threshold(name, settings.epsilon)
             checks.append(Check(f"{name}: init_scale where epsilon matters", threshold))
     for fit in (fit for fit in fitted if fit.depth == settings.depths[-1] > 1):
-        factors.append(Check(f"{fit.name}: factor per layer", fit.growth, above=1))
+        passing = fit.data.activation_gradient.astype(float)
+        growth = (passing.isel(layer=0) / passing.isel(layer=-1)) ** (2 / (fit.depth - 1))  # of the squared norm
+        name = f"{fit.activation}, {NORM_NAMES['batch']}, {fit.depth} layers: factor per layer"
+        factors.append(Check(name, growth.median("init_scale").values, above=1))
         if settings.batch_size >= 4:
             infinite = gradient_growth(fit.activation, settings.batch_size)
             factors.append(Check(f"{fit.activation}: factor per layer, infinitely wide", infinite))
@@ -163,9 +158,10 @@ def with_norm(results: xr.Dataset, settings: Settings) -> list[Finding]:
     return [*found, Finding(claim, "Yang et al. 2019", factors)] if factors else found
 
 
-def facts(results: xr.Dataset, network: Mapping[str, Any], layer: int) -> dict[str, Any]:
-    """How the norm of the gradient to one layer's weights goes with init_scale: by medians, or by seed."""
-    norms = in_range(results, network).weight_gradient.isel(layer=layer).transpose("init_scale", "seed")
+def facts(results: xr.Dataset, activation: str, depth: int, layer: int) -> dict[str, Any]:
+    """Without BN, how the norm of the gradient to one layer's weights goes with init_scale: by medians, or by seed."""
+    norms = in_range(results, activation, "none", depth).weight_gradient.isel(layer=layer)
+    norms = norms.transpose("init_scale", "seed")
     scales, median = norms.init_scale.values, norms.median("seed", skipna=False)
     lost = ~np.isfinite(median.values)
     known = median.where(~lost, -1).values
@@ -193,18 +189,19 @@ def facts(results: xr.Dataset, network: Mapping[str, Any], layer: int) -> dict[s
 def tables(results: xr.Dataset, settings: Settings) -> list[Table]:
     """The slopes of each network that has a law; all scales of those without BN."""
     laws, others = [], []
-    for fit in (fit for norm in NORM_NAMES for fit in fits(results, settings, norm)):
-        ends = {name: [number(round(end, 2) + 0.0) for end in ends] for name, ends in fit.ends.items()}
-        cells = (" to ".join(dict.fromkeys(ends.get(name, "-"))) for name in LABELS)
-        head = (fit.name.rpartition(", ")[0], str(fit.depth), *map(number, fit.scales[[0, -1]].tolist()))
-        laws.append([*head, *cells, number(fit.deviation)])
-    for network in networks(settings, "none"):
-        for layer in dict.fromkeys((0, network["depth"] - 1)):
-            one = facts(results, network, layer)
-            norms = (float(np.median(one[name])) for name in ("at_one", "at_largest"))
-            values = (one["small"], one["large"], *norms, one["largest"], max(one["zero"]), one["infinite"])
-            cells = (number(value) if math.isfinite(value) else "-" for value in values)
-            others.append([network["activation"], f"{layer + 1} of {network['depth']}", *cells])
+    for name, fit in ((name, fit) for norm, name in NORM_NAMES.items() for fit in fits(results, settings, norm)):
+        ends = {str(one.quantity.values): map(number, (one.round(2) + 0.0).values.tolist()) for one in fit.ends.T}
+        cells = (" to ".join(dict.fromkeys(ends.get(to, "-"))) for to in LABELS)
+        scales = map(number, fit.data.init_scale.values[[0, -1]].tolist())
+        std = number(float(fit.slopes.std("seed").max()))
+        laws.append([f"{fit.activation}, {name}", str(fit.depth), *scales, *cells, std])
+    without = itertools.product(settings.activations, settings.depths) if "none" in settings.norms else ()
+    for activation, depth, layer in ((*one, layer) for one in without for layer in dict.fromkeys((0, one[1] - 1))):
+        one = facts(results, activation, depth, layer)
+        norms = (float(np.median(one[name])) for name in ("at_one", "at_largest"))
+        values = (one["small"], one["large"], *norms, one["largest"], max(one["zero"]), one["infinite"])
+        cells = (number(value) if math.isfinite(value) else "-" for value in values)
+        others.append([activation, f"{layer + 1} of {depth}", *cells])
     law = (
         "Of hidden layers the lowest to the highest, means over seeds; their largest standard deviation over seeds. "
         f"Theory: with BN -1, -1, 0, 0, from {ABOVE} times the scale where epsilon matters; without, of L layers "
@@ -231,9 +228,8 @@ def draw(results: xr.Dataset, settings: Settings) -> plots.Figure | None:
     for activation in settings.activations:
         series, theories, zeros = {}, {}, {}
         for norm in settings.norms:
-            network = {"activation": activation, "norm": norm, "depth": depth}
-            norms = in_range(results.sel(seed=list(settings.seeds)), network).weight_gradient
-            norms = norms.where((norms == 0) | ((norms > 1 / TOP) & (norms < TOP))).drop_vars([*network])
+            norms = in_range(results.sel(seed=list(settings.seeds)), activation, norm, depth).weight_gradient
+            norms = norms.where((norms == 0) | ((norms > 1 / TOP) & (norms < TOP)))
             first, last = (norms.isel(layer=i, drop=True) for i in (0, -1))
             series |= {f"{NORM_NAMES[norm]}, {name} layer": line for name, line in (("first", first), ("last", last))}
             start = first.median("seed").sel(init_scale=1, method="nearest")

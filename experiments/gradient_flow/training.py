@@ -1,24 +1,19 @@
 """Gradients and weights in a short training of the first activation and depth."""
 
-import itertools
 import math
 
 import xarray as xr
 
 import bnjax
 from bnjax import probes
-from bnjax.findings import Check, Finding, number
+from bnjax.findings import Check, Finding
 from experiments.claim import Claim
 from experiments.gradient_flow import common
 from experiments.gradient_flow.common import NORM_NAMES, Settings
 from experiments.table import Table
 
-QUANTITIES = {
-    "|dL/dW|": "gradient_norm",
-    "|W|": "weight_norm",
-    "angle": "angle",
-    "lr / |W|^2": "effective_learning_rate",
-}
+COLUMNS = {"|dL/dW|": ("gradient_norm", ""), "|W|": ("weight_norm", ""), "angle": ("angle", ""),
+           "lr / |W|^2": ("effective_learning_rate", ""), "diverged": ("lost", "%")}  # fmt: skip
 SEEDS, TEST_EXAMPLES = 3, 256  # at most; accuracy is not the point
 
 
@@ -50,24 +45,25 @@ def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
 
 def tables(results: xr.Dataset, settings: Settings) -> list[Table]:
     """First and last hidden layer along training, medians over seeds; of each norm."""
-    ends, found = [f"hidden_{i}" for i in dict.fromkeys((0, settings.depths[0] - 1))], []
+    ends = [f"hidden_{i}" for i in dict.fromkeys((0, settings.depths[0] - 1))]
+    lost = (results.diverged & (results.diverged_step <= results.probe_step)).mean("seed")
+    medians = results.drop_dims("step").astype(float).median("seed").assign(lost=lost).sel(layer=ends)
     title = f"along training: SGD, learning rate {settings.learning_rate:g}, momentum 0.9, cross-entropy"
     caption = (
-        f"{' / '.join(ends)}; medians over {results.sizes['seed']} seeds. |dL/dW|: of the first {settings.batch_size} "
-        "examples. Angle: between W and its start, in degrees. lr / |W|^2: the effective learning rate behind a norm. "
-        "The figures of a run that diverged may be infinite, or NaN, which medians leave out."
+        f"Medians over {results.sizes['seed']} seeds. |dL/dW|: of the first {settings.batch_size} examples. Angle: "
+        "between W and its start, in degrees. lr / |W|^2: the effective learning rate behind a norm. Diverged: of the "
+        "seeds. The figures of a run that diverged may be infinite, or NaN, which medians leave out."
     )
-    for norm in settings.norms:
-        rows = []
-        for scale, step in itertools.product(results.init_scale.values, settings.steps):
-            one = results.sel(model=norm, init_scale=scale)
-            now = one.sel(probe_step=step).astype(float).median("seed")  # the sum of two may be beyond float32
-            cells = (" / ".join(number(float(now[name].sel(layer=at))) for at in ends) for name in QUANTITIES.values())
-            lost = int((one.diverged & (one.diverged_step <= step)).sum())
-            rows.append([f"{scale:g}", str(step), *cells, f"{lost} of {one.sizes['seed']}"])
-        network = f"{settings.activations[0]}, {NORM_NAMES[norm]}, {settings.depths[0]} hidden layers"
-        found.append(Table(f"{network}, {title}", ["scale", "step", *QUANTITIES, "diverged"], rows, caption))
-    return found
+    first, dims = (
+        f"{settings.activations[0]}, {settings.depths[0]} hidden layers",
+        ("init_scale", "probe_step", "layer"),
+    )
+    return [
+        common.points(
+            f"{first}, {NORM_NAMES[norm]}, {title}", medians.sel(model=norm, drop=True), dims, COLUMNS, caption
+        )
+        for norm in settings.norms
+    ]
 
 
 CLAIM = Claim(

@@ -2,20 +2,30 @@
 
 import dataclasses
 import math
-import time
+import timeit
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from bnjax import activations, batch_norm, jacobian
+from bnjax import activations, batch_norm, jacobian, plots
 from bnjax.findings import Check, Finding
 from experiments.claim import Claim
 from experiments.settings import at_least, positive, require, setting
 
 FEATURES = 4
 DTYPES = ("float64", "float32")
+FORMS = (
+    "dense against jacrev",
+    "operator against jacrev times a vector",
+    "spectrum against eigvalsh of jacrev",
+    "jacfwd of normalize against jacrev",
+    "jacrev of normalize against jacrev",
+    "Hessian-vector product against hessian times a vector",
+    "block, to x against jacrev",
+    "block, to W against jacrev",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +48,8 @@ class Settings:
         require(self.masked < self.samples, "masked", f"leaves none of --samples={self.samples}, got {self.masked}")
         for field in ("mean", "scale"):
             require(math.isfinite(getattr(self, field)), field, f"must be finite, got {getattr(self, field)}")
-        allowed = ", ".join(activations.ACTIVATIONS)
-        require(self.activation in activations.ACTIVATIONS, "activation", f"must be one of {allowed}")
+        names = activations.ACTIVATIONS
+        require(self.activation in names, "activation", f"must be one of {', '.join(names)}")
 
     @property
     def mask(self) -> np.ndarray:
@@ -56,26 +66,23 @@ def textbook(x, scale, epsilon, mask):
 
 
 def closed_forms(x, a, dx, kernel, scale, epsilon, mask, phi):
-    """{what: array}, by `bnjax.jacobian` and the rule of `bnjax.batch_norm`."""
+    """The arrays of `FORMS`, by `bnjax.jacobian` and the rule of `bnjax.batch_norm`."""
 
     def layer(x):
         return scale * batch_norm.normalize(x, epsilon, mask=mask)
 
-    block = jacobian.block(x, kernel, scale, 0.0, phi, epsilon, mask)
-    return {
-        "dense": jacobian.dense(x, scale, epsilon, mask),
-        "operator": jacobian.matvec(x, scale, dx, epsilon, mask),
-        "spectrum": jacobian.spectrum(x, scale, epsilon, mask),
-        "jacfwd of normalize": jax.jacfwd(layer)(x),
-        "jacrev of normalize": jax.jacrev(layer)(x),
-        "Hessian-vector product": jacobian.hvp(x, a, dx, epsilon, mask),
-        "block, to x": block.x,
-        "block, to W": block.kernel,
-    }
+    block, given = jacobian.block(x, kernel, scale, 0.0, phi, epsilon, mask), (epsilon, mask)
+    by_hand = (
+        jacobian.dense(x, scale, *given),
+        jacobian.matvec(x, scale, dx, *given),
+        jacobian.spectrum(x, scale, *given),
+    )
+    by_rule = jax.jacfwd(layer)(x), jax.jacrev(layer)(x)
+    return *by_hand, *by_rule, jacobian.hvp(x, a, dx, *given), block.x, block.kernel
 
 
 def references(x, a, dx, kernel, scale, epsilon, mask, phi):
-    """{what: (by which means, array, the largest entry of the derivative)}, of the textbook formula."""
+    """The arrays of `FORMS` with the derivatives that they are made of, by autodiff of the textbook formula."""
 
     def weighted(x):
         return (jnp.where(mask, a, 0) * textbook(x, 1.0, epsilon, mask)).sum()
@@ -84,86 +91,67 @@ def references(x, a, dx, kernel, scale, epsilon, mask, phi):
         return phi(textbook(jnp.matmul(x, kernel, precision="highest"), scale, epsilon, mask))
 
     full = jax.jit(jax.jacrev(lambda x: textbook(x, scale, epsilon, mask)))(x)  # [N, C, N, C]
-    J = jnp.einsum("icjc->cij", full)
     hessian = jax.jit(jax.hessian(weighted))(x)
-    block_x, block_kernel = jax.jit(jax.jacrev(layer, argnums=(0, 1)))(x, kernel)
-    vector, largest = jnp.einsum("icjd,jd->ic", hessian, dx), jnp.abs(J).max()
-    return {
-        "dense": ("jacrev", J, largest),
-        "operator": ("jacrev times a vector", jnp.einsum("cij,jc->ic", J, dx), largest),
-        "spectrum": ("eigvalsh of jacrev", np.linalg.eigvalsh(J), largest),
-        "jacfwd of normalize": ("jacrev", full, largest),
-        "jacrev of normalize": ("jacrev", full, largest),
-        "Hessian-vector product": ("hessian times a vector", vector, jnp.abs(hessian).max()),
-        "block, to x": ("jacrev", block_x, jnp.abs(block_x).max()),
-        "block, to W": ("jacrev", jnp.einsum("ifdf->ifd", block_kernel), jnp.abs(block_kernel).max()),
-    }
+    to_x, to_kernel = jax.jit(jax.jacrev(layer, argnums=(0, 1)))(x, kernel)
+    J, to_kernel = jnp.einsum("icjc->cij", full), jnp.einsum("ifdf->ifd", to_kernel)
+    product, second = jnp.einsum("cij,jc->ic", J, dx), jnp.einsum("icjd,jd->ic", hessian, dx)
+    of_J = [(one, J) for one in (J, product, np.linalg.eigvalsh(J), full, full)]
+    return *of_J, (second, hessian), (to_x, to_x), (to_kernel, to_kernel)
 
 
-def errors(settings: Settings, dtype: str) -> dict[str, float]:
-    """{what against what: the largest error, relative to the derivative's largest entry}; samples are of that type.
+def errors(settings: Settings, dtype: str) -> list[float]:
+    """Of `FORMS`, the largest error relative to the derivative's largest entry; samples are of that type.
 
     The reference is in float64, from the same samples.
     """
     rng, n = np.random.default_rng(settings.seed), settings.samples
     x = (settings.mean + settings.std * rng.normal(size=(n, FEATURES))).astype(dtype)
     a, dx = rng.normal(size=(2, n, FEATURES)).astype(dtype)
-    kernel = rng.normal(size=(FEATURES, FEATURES)).astype(dtype)
-    scale = np.full(FEATURES, settings.scale, dtype)
+    arrays = x, a, dx, rng.normal(size=(FEATURES, FEATURES)).astype(dtype), np.full(FEATURES, settings.scale, dtype)
     last = settings.epsilon, settings.mask, activations.get(settings.activation)
     with jax.enable_x64(dtype == "float64"):
-        forms = jax.jit(lambda *arrays: closed_forms(*arrays, *last))
-        found = jax.tree.map(np.asarray, forms(x, a, dx, kernel, scale))
+        found = jax.tree.map(np.asarray, jax.jit(lambda *arrays: closed_forms(*arrays, *last))(*arrays))
     with jax.enable_x64(True):
-        expected = references(*(np.asarray(array, "float64") for array in (x, a, dx, kernel, scale)), *last)
-    return {
-        f"{name} against {means}": float(np.abs(found[name] - np.asarray(value)).max() / max(float(unit), 1e-300))
-        for name, (means, value, unit) in expected.items()
-    }
-
-
-def operator_cost(seed: int, samples: int) -> tuple[float, int]:
-    """Seconds of J times a vector for one feature, and bytes of working memory."""
-    x = jax.random.normal(jax.random.key(seed), (samples, 1))
-    program = jax.jit(lambda x, dx: jacobian.matvec(x, 1.0, dx)).lower(x, x).compile()
-    jax.block_until_ready(program(x, x))
-    start = time.perf_counter()
-    for _ in range(20):
-        product = program(x, x)
-    jax.block_until_ready(product)
-    return (time.perf_counter() - start) / 20, program.memory_analysis().temp_size_in_bytes
+        expected = references(*(np.asarray(array, "float64") for array in arrays), *last)
+    return [
+        float(np.abs(form - np.asarray(value)).max() / max(np.abs(np.asarray(derivative)).max(), 1e-300))
+        for form, (value, derivative) in zip(found, expected, strict=True)
+    ]
 
 
 def measure(settings: Settings, ds: None) -> xr.Dataset:
-    """The errors by type, what the operator costs, and J of one feature, samples in ascending order."""
-    by_type = [errors(settings, dtype) for dtype in DTYPES]
-    seconds, memory = operator_cost(settings.seed, settings.operator_samples)
-    rng = np.random.default_rng(settings.seed)
-    x = np.sort(settings.mean + settings.std * rng.normal(size=(settings.samples, 1)), axis=0)
-    last = settings.scale, settings.epsilon, settings.mask
+    """The errors by type, what the operator costs for one feature, and J of one, samples in ascending order."""
+    x = jax.random.normal(jax.random.key(settings.seed), (settings.operator_samples, 1))
+    program = jax.jit(lambda x, dx: jacobian.matvec(x, 1.0, dx)).lower(x, x).compile()
+    program(x, x).block_until_ready()
+    seconds = timeit.timeit(lambda: program(x, x).block_until_ready(), number=20) / 20
+    x = np.random.default_rng(settings.seed).normal(size=(settings.samples, 1))
+    x, last = np.sort(settings.mean + settings.std * x, axis=0), (settings.scale, settings.epsilon, settings.mask)
     with jax.enable_x64(True):
         J, spectrum = (np.asarray(form(x, *last)[0]) for form in (jacobian.dense, jacobian.spectrum))
         autodiff = jax.jacrev(lambda x: textbook(x, *last))(x)[:, 0, :, 0]
     return xr.Dataset(
         {
-            "error": (("dtype", "form"), [[*found.values()] for found in by_type]),
+            "error": (("dtype", "form"), [errors(settings, dtype) for dtype in DTYPES]),
             "operator_seconds": ((), seconds, {"units": "s"}),
-            "operator_memory": ((), memory, {"units": "B"}),
+            "operator_memory": ((), program.memory_analysis().temp_size_in_bytes, {"units": "B"}),
             "jacobian": (("output", "input"), J),
             "spectrum": ("eigenvalue", spectrum),
             "autodiff_spectrum": ("eigenvalue", np.linalg.eigvalsh(autodiff)),
         },
-        {"dtype": np.array(DTYPES, object), "form": np.array([*by_type[0]], object)},
+        {"dtype": np.array(DTYPES, object), "form": np.array(FORMS, object)},
     )
 
 
 def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
     """Equal to rounding in float64."""
     # Autodiff of the textbook formula loses the digits that the mean has over the standard deviation.
-    limit = 1e-12 * max(1, abs(settings.mean / settings.std)) ** 2
-    double, single = (results.error.sel(dtype=dtype) for dtype in DTYPES)
-    checks = [Check(f"{form}, float64", float(double.sel(form=form)), below=limit) for form in double.form.values]
-    checks += [Check(f"{form}, float32", float(single.sel(form=form))) for form in single.form.values]
+    bounds = {"float64": {"below": 1e-12 * max(1, abs(settings.mean / settings.std)) ** 2}, "float32": {}}
+    checks = [
+        Check(f"{form}, {dtype}", float(results.error.sel(dtype=dtype, form=form)), **bound)
+        for dtype, bound in bounds.items()
+        for form in FORMS
+    ]
     name, dense = f"operator, N = {settings.operator_samples:,}, one feature", 4.0 * settings.operator_samples**2
     checks += [
         Check(f"{name}: time", 1e3 * float(results.operator_seconds), unit="ms"),
@@ -174,10 +162,8 @@ def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
     return [Finding("The closed forms are the derivatives of the formula.", checks=checks, note=note)]
 
 
-def figure(results: xr.Dataset, settings: Settings):
+def draw(results: xr.Dataset, settings: Settings) -> plots.Figure:
     """J of one feature, and its eigenvalues beside numpy's."""
-    from bnjax import plots
-
     title = f"N = {settings.samples}, scale = {settings.scale:g}, epsilon = {settings.epsilon:g}"
     arrays = (results[name].values for name in ("jacobian", "spectrum", "autodiff_spectrum"))
     return plots.jacobian(*arrays, title=title)
@@ -187,12 +173,6 @@ CLAIM = Claim(
     name="jacobian",
     question="Do the closed forms of batch normalization's derivatives agree with autodiff?",
     source="",
-    settings=Settings,
-    quick=Settings(),
-    full=Settings(),
-    tiny=Settings(samples=5, masked=1, operator_samples=100),
-    measure=measure,
-    judge=judge,
-    figure=figure,
-    must_hold=True,
-)
+    settings=Settings, quick=Settings(), full=Settings(), tiny=Settings(samples=5, masked=1, operator_samples=100),
+    measure=measure, judge=judge, figure=draw, must_hold=True,
+)  # fmt: skip
