@@ -101,7 +101,7 @@ class Check:
 
         Of a median the two seeds in order between which it is with 95% probability, whatever the distribution; of fewer
         than 6 seeds the lowest and highest (David & Nagaraja 2003, section 7.1). A bootstrap of so few would be too
-        narrow. Of a mean the 2.5th and 97.5th percentile of the bootstrap (Efron 1979); of "all" the lowest and highest.
+        narrow. Of a mean the 2.5th and 97.5th percentile of the bootstrap (Efron 1979); of "all" lowest and highest.
         """
         outside = math.inf if self.bounds[1] < math.inf else -math.inf
         values = np.sort(np.where(np.isnan(self.values), outside, self.values))
