@@ -56,8 +56,12 @@ def define_distributed() -> None:
     """The flags of a run on several processes, for `prepare_process`."""
     flags.DEFINE_bool("distributed", False, "Share the grid with the other processes of a jax.distributed job.")
     flags.DEFINE_string("coordinator", None, "host:port of process 0. Default: from Slurm, a TPU pod or Open MPI.")
-    flags.DEFINE_integer("processes", None, "How many there are. Default: likewise.", lower_bound=1)
-    flags.DEFINE_integer("process", None, "Which of them this one is, from 0. Default: likewise.", lower_bound=0)
+    flags.DEFINE_integer(
+        "processes", None, "Processes in the distributed job. Default: as for --coordinator.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "process", None, "Number of this process in the job, from 0. Default: as for --coordinator.", lower_bound=0
+    )
 
 
 def join_others() -> None:

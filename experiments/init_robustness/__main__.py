@@ -15,7 +15,7 @@ import jax
 from absl import app, flags
 
 import bnjax
-from bnjax import activations, choices, training
+from bnjax import activations, choices, initializers, training
 from bnjax.models import mlp
 from bnjax.sweeps import grid, store
 from experiments import common
@@ -28,8 +28,12 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("dataset", "fashion_mnist_mini", "fashion_mnist_mini, fashion_mnist, mnist or cifar10.")
 flags.DEFINE_string("data_dir", None, "Where prepared data sets are kept. Default: the user's cache folder.")
 flags.DEFINE_string("manual_dir", None, "Folder with a data set's original archives, instead of a download.")
-flags.DEFINE_integer("train_examples", None, "Use only the first of the training examples. Default: all.")
-flags.DEFINE_string("standardize", "dataset", "Standardize inputs over the whole data 'set' or per 'feature'.")
+flags.DEFINE_integer("train_examples", None, "Use only this many training examples, the first ones. Default: all.")
+flags.DEFINE_string(
+    "standardize",
+    "dataset",
+    "Of the inputs: 'dataset', one mean and deviation for all entries, or 'feature', one for each.",
+)
 # network
 flags.DEFINE_integer("depth", 3, "Number of hidden layers.", lower_bound=1)
 flags.DEFINE_integer("hidden_width", 128, "Units per hidden layer.", lower_bound=1)
@@ -37,7 +41,7 @@ flags.DEFINE_string("activation", "relu", f"One of {', '.join(activations.ACTIVA
 flags.DEFINE_list("norms", "batch,none", f"Networks to compare, of {', '.join(mlp.NORMS)}.")
 flags.DEFINE_string("norm_position", "before_activation", f"One of {', '.join(mlp.NORM_POSITIONS)}.")
 flags.DEFINE_float("epsilon", 1e-5, "Batch normalization's epsilon, inside the square root.")
-flags.DEFINE_list("initializers", "he_normal", "Of the kernels; several are compared.")
+flags.DEFINE_list("initializers", "he_normal", f"To compare, of {', '.join(initializers.INITIALIZERS)}.")
 flags.DEFINE_string("scaled_layers", "hidden", f"Kernels that init_scale multiplies: {' or '.join(mlp.SCALED_LAYERS)}.")
 flags.DEFINE_bool("frozen_baseline", True, "Also train BN networks whose hidden weights stay as drawn.")
 # grid
@@ -55,15 +59,25 @@ flags.DEFINE_integer("data_seed", 0, "Draws the order of the data, shared by all
 # output
 flags.DEFINE_float("threshold", 0.8, "Fraction of the best median accuracy that counts as 'trains'.")
 flags.DEFINE_string("out", "results/init_robustness", "Output folder.")
-flags.DEFINE_bool("overwrite", False, "Replace results of another configuration, once these are complete.")
+flags.DEFINE_bool("overwrite", False, "Replace results of another configuration when the new ones are complete.")
 flags.DEFINE_list(
-    "allow_changed", "", f"What may differ from results that are continued, of {', '.join(store.CHANGES)}."
+    "allow_changed", "", f"Differences to accept when resuming stored results, of {', '.join(store.CHANGES)}."
 )
-flags.DEFINE_float("checkpoint_minutes", 5.0, "Most minutes of work that may be lost.", lower_bound=0.0)
-flags.DEFINE_bool("status", False, "Only say what of the results is done.")
-flags.DEFINE_string("plan", None, "No longer taken: --width sets the width.")
-flags.DEFINE_integer("width", None, "Cells vmapped together on one device. Default: by size.", lower_bound=1)
-flags.DEFINE_integer("segment", None, "Most steps in one call of the program. Default: by size.", lower_bound=1)
+flags.DEFINE_float("checkpoint_minutes", 5.0, "Save at least this often, in minutes.", lower_bound=0.0)
+flags.DEFINE_bool("status", False, "Only print how much of the results is done; train nothing.")
+flags.DEFINE_string("plan", None, "Removed: --width sets the width.")
+flags.DEFINE_integer(
+    "width",
+    None,
+    "Networks (cells of the grid) trained together by vmap on one device. Default: by their size.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "segment",
+    None,
+    "Most steps in one call of the compiled program. Default: by the size of the networks.",
+    lower_bound=1,
+)
 flags.DEFINE_bool(
     "measure_width",
     False,

@@ -28,11 +28,13 @@ from experiments import claim, why_robust
 from experiments.why_robust.common import Settings
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("train_examples", None, "Use only the first of the training examples. Default: all.")
-flags.DEFINE_string("dataset", "fashion_mnist_mini", f"Of {', '.join(bnjax.data.NAMES)}.")
+flags.DEFINE_integer("train_examples", None, "Use only this many training examples, the first ones. Default: all.")
+flags.DEFINE_string("dataset", "fashion_mnist_mini", f"One of {', '.join(bnjax.data.NAMES)}.")
 flags.DEFINE_string("data_dir", None, "Where prepared data sets are kept. Default: the user's cache folder.")
 flags.DEFINE_string("manual_dir", None, "Folder with a data set's original archives, instead of a download.")
-flags.DEFINE_integer("pool", 4, "Images are averaged over squares of this many pixels a side.", lower_bound=1)
+flags.DEFINE_integer(
+    "pool", 4, "Images are averaged over squares of this many pixels a side, which must divide theirs.", lower_bound=1
+)
 
 TEST_EXAMPLES = 1000  # the first of the test split
 

@@ -28,16 +28,16 @@ TINY = {"seeds": (0, 1), "init_scales": (1e-4, 1.0, 1e4), "layers": 2, "hidden_w
 class Settings:
     """Of all controls, but for what they say otherwise."""
 
-    seeds: tuple[int, ...] = setting((0, 1, 2, 3, 4, 5), "Initialization seeds.", common.parse_seeds)
+    seeds: tuple[int, ...] = setting((0, 1, 2, 3, 4, 5), "A count, a range 0:5 or a list 0,1,2.", common.parse_seeds)
     init_scales: tuple[float, ...] = setting(
         tuple(common.parse_floats("", "1e-4:1e4:9")), "A list, or low:high:count for log spacing."
     )
-    layers: int = setting(3, "Number of hidden layers, but where depth is varied.")
+    layers: int = setting(3, "Number of hidden layers, except where depth is varied.")
     hidden_width: int = setting(64, "Units per hidden layer.")
-    epsilon: float = setting(1e-5, "Batch normalization's epsilon, but where it is varied.")
+    epsilon: float = setting(1e-5, "Batch normalization's epsilon, except where it is varied.")
     batch_size: int = setting(128, "Examples per step.")
-    learning_rate: float = setting(0.1, "Of SGD with momentum 0.9, but where it is varied.")
-    steps: int = setting(200, "Optimizer steps, but in the controls of frozen weights and of depth.")
+    learning_rate: float = setting(0.1, "Of SGD with momentum 0.9, except where it is varied.")
+    steps: int = setting(200, "Optimizer steps, except in the controls of frozen weights and of depth.")
 
     def __post_init__(self):
         at_least(self, layers=1, hidden_width=1, batch_size=2, steps=2)
