@@ -47,6 +47,11 @@ ORDER = [
     "theory.order_chaos",
     "theory.random_matrices",
     "theory",
+    "probes.arrays",
+    "probes.reading",
+    "probes.forward",
+    "probes.backward",
+    "probes.runs",
     "probes",
     "data.standardization",
     "data.synthetic",
@@ -86,7 +91,7 @@ ONLY_IN = {
 
 def module_name(path):
     name = ".".join(path.relative_to(ROOT / "bnjax").with_suffix("").parts)
-    return name.removesuffix(".__init__") if name in ("data.__init__", "theory.__init__") else name
+    return name.removesuffix(".__init__") if name in ("data.__init__", "probes.__init__", "theory.__init__") else name
 
 
 def imports(path):
