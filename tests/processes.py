@@ -1,5 +1,6 @@
 """Processes that tests start, stop and kill: forked from one that has imported what they need, but has run nothing."""
 
+import atexit
 import multiprocessing
 import os
 
@@ -19,6 +20,14 @@ def _call(function, log, **options):
     os.dup2(file, 1)
     os.dup2(file, 2)
     function(**options)
+
+
+def end_as_python(function, /, **options):
+    """Calls it, and whatever waits for the end of the interpreter, which ends a forked process without it."""
+    try:
+        function(**options)
+    finally:
+        atexit._run_exitfuncs()
 
 
 def end_of(process, seconds=300):

@@ -1,7 +1,4 @@
-"""The cache of compiled programs: between processes, after damage, after kills, and where there can be none.
-
-The tests run this file as a script, in processes of their own.
-"""
+"""The cache of compiled programs: between processes, after damage, after kills, and where there can be none."""
 
 import abc
 import contextlib
@@ -11,12 +8,12 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 import types
+import warnings
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
@@ -25,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import platformdirs
+import processes
 import pytest
 from jax._src import compilation_cache as of_jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from bnjax import compilation
 
-ROOT = Path(__file__).parents[1]
 KEY = "jit_f-" + 64 * "0"
 VALUE = bytes(range(40))
 EVENTS = "/jax/compilation_cache/cache_"
@@ -422,52 +419,59 @@ class TestUseCache:
 
 def start(folder, programs=1, die=0):
     """A process that runs so many programs with the folder, and is killed in its `die`-th write, if it is not 0."""
-    command = [sys.executable, "-W", "error", __file__, str(folder), str(programs), str(die)]
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, **streams)
+    counts = Path(tempfile.mkdtemp(dir=folder.parent)) / "counts"
+    log = counts.with_name("log")
+    return processes.start(work, log, folder=folder, programs=programs, die=die, counts=counts), log, counts
 
 
-def ended(process):
-    """(the counts of `counted`, what it wrote on stderr), or None if it was killed."""
-    out, err = process.communicate(timeout=300)
-    if process.returncode == -signal.SIGKILL:
+def ended(started):
+    """(the counts of `counted`, what it printed), or None if it was killed."""
+    process, log, counts = started
+    code = processes.end_of(process)
+    if code == -signal.SIGKILL:
         return None
-    assert process.returncode == 0, err
-    return json.loads(out), err
+    assert code == 0, log.read_text()
+    return json.loads(counts.read_text()), log.read_text()
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """The folder of several processes."""
+    (tmp_path / "shared").mkdir()
+    return tmp_path / "shared"
 
 
 @pytest.mark.slow
 class TestProcesses:
-    def test_one_writes_and_the_next_finds(self, tmp_path):
-        assert ended(start(tmp_path, 3)) == ({"misses": 3}, "")
-        assert ended(start(tmp_path, 3)) == ({"hits": 3}, "")
+    def test_one_writes_and_the_next_finds(self, shared):
+        assert ended(start(shared, 3)) == ({"misses": 3}, "")
+        assert ended(start(shared, 3)) == ({"hits": 3}, "")
 
-    def test_damage_is_reported_by_one_process(self, tmp_path):
-        ended(start(tmp_path, len(DAMAGE)))
-        damaged = files(tmp_path)
+    def test_damage_is_reported_by_one_process(self, shared):
+        ended(start(shared, len(DAMAGE)))
+        damaged = files(shared)
         for file, damage in zip(damaged, DAMAGE, strict=True):
             damage(file, random.Random(0))
-        counts, err = ended(start(tmp_path, len(DAMAGE)))
+        counts, err = ended(start(shared, len(DAMAGE)))
         assert counts == {"misses": len(DAMAGE)}
         assert sorted(line.partition(" ")[0] for line in err.splitlines()) == [str(file) for file in damaged]
-        assert ended(start(tmp_path, len(DAMAGE))) == ({"hits": len(DAMAGE)}, "")
+        assert ended(start(shared, len(DAMAGE))) == ({"hits": len(DAMAGE)}, "")
 
     @pytest.mark.parametrize("die", [1, 2])
-    def test_one_is_killed_while_it_writes(self, tmp_path, die):
-        assert ended(start(tmp_path, 3, die)) is None
-        assert len(list(tmp_path.glob(f"*{compilation.PARTIAL}"))) == 1
+    def test_one_is_killed_while_it_writes(self, shared, die):
+        assert ended(start(shared, 3, die)) is None
+        assert len(list(shared.glob(f"*{compilation.PARTIAL}"))) == 1
         expected = {"hits": die - 1, "misses": 4 - die}
-        assert ended(start(tmp_path, 3)) == ({n: count for n, count in expected.items() if count}, "")
-        assert ended(start(tmp_path, 3)) == ({"hits": 3}, "")
+        assert ended(start(shared, 3)) == ({n: count for n, count in expected.items() if count}, "")
+        assert ended(start(shared, 3)) == ({"hits": 3}, "")
 
-    def test_several_at_once_of_which_some_are_killed(self, tmp_path):
-        processes = [start(tmp_path, 8, die) for die in (0, 2, 0, 5)]
-        results = [ended(process) for process in processes]
+    def test_several_at_once_of_which_some_are_killed(self, shared):
+        results = [ended(one) for one in [start(shared, 8, die) for die in (0, 2, 0, 5)]]
         assert [result is None for result in results[::2]] == [False, False]
         for result in filter(None, results):
             assert sum(result[0].values()) == 8
             assert result[1] == ""
-        assert ended(start(tmp_path, 8)) == ({"hits": 8}, "")
+        assert ended(start(shared, 8)) == ({"hits": 8}, "")
 
 
 def die_in(times):
@@ -484,16 +488,13 @@ def die_in(times):
     Path.write_bytes = half
 
 
-def main(folder, programs, die):
-    compilation.use_cache(Path(folder))
+def work(folder, programs, die, counts):
+    warnings.simplefilter("error")
+    compilation.use_cache(folder)
     jax.config.update("jax_num_cpu_devices", 1)  # an error if JAX had been started by it
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    die_in(int(die))
-    with counted() as counts:
-        for number in range(int(programs)):
+    die_in(die)
+    with counted() as found:
+        for number in range(programs):
             run(number)
-    print(json.dumps(counts))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    counts.write_text(json.dumps(found))

@@ -1,17 +1,19 @@
-"""Statistics shared over devices and over processes, against one device with the whole batch.
+"""Statistics shared over devices and over processes, against one device with the whole batch."""
 
-The tests run this file as a script, in processes with devices of their own.
-"""
-
+import functools
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from processes import end_as_python, end_of, start
 
-ROOT = Path(__file__).parents[1]
+from bnjax import batch_norm
+from bnjax.types import BatchNormParams
+
 SIZE, FEATURES, EPSILON = 24, 3, 1e-3
 SCALE, BIAS = np.array([2.0, -1.0, 0.5], np.float32), np.array([0.1, 0.0, -1.0], np.float32)
 
@@ -50,14 +52,6 @@ def expected():
 
 def compute(path):
     """What each device does with its part of the batch, gathered and saved."""
-    import jax
-    from jax.experimental import multihost_utils
-    from jax.sharding import NamedSharding
-    from jax.sharding import PartitionSpec as P
-
-    from bnjax import batch_norm
-    from bnjax.types import BatchNormParams
-
     mesh = jax.make_mesh((jax.device_count(),), ("devices",))
     split = NamedSharding(mesh, P("devices"))
     x, weights, mask = (jax.make_array_from_callback(a.shape, split, lambda i, a=a: a[i]) for a in problem())
@@ -87,6 +81,16 @@ def compute(path):
     multihost_utils.sync_global_devices("saved")
 
 
+def share(process, processes, devices_each, port, path):
+    """One process, with devices of its own."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices_each)
+    if processes > 1:
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"localhost:{port}", processes, process)
+    compute(path)
+
+
 @pytest.mark.parametrize(("processes", "devices_each"), [(1, 4), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_shared_statistics_are_those_of_the_whole_batch(processes, devices_each, tmp_path):
     """1e-5: some ten roundings of float32, at 1 / sigma and weights near 1."""
@@ -94,31 +98,13 @@ def test_shared_statistics_are_those_of_the_whole_batch(processes, devices_each,
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
     path = tmp_path / "found.npz"
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(process), str(processes), str(devices_each), str(port), str(path)],
-            cwd=ROOT,
-            env={"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(processes)
-    ]
-    for child in children:
-        _, errors = child.communicate(timeout=240)
-        assert child.returncode == 0, errors[-3000:]
+    logs = [tmp_path / f"{process}.log" for process in range(processes)]
+    options = {"processes": processes, "devices_each": devices_each, "port": port, "path": path}
+    work = functools.partial(end_as_python, share)
+    children = [start(work, log, process=process, **options) for process, log in enumerate(logs)]
+    for child, log in zip(children, logs, strict=True):
+        assert end_of(child, 240) == 0, log.read_text()[-3000:]
     found = np.load(path)
     assert found["devices"] == processes * devices_each
     for name, value in expected().items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
-
-
-if __name__ == "__main__":
-    import jax
-
-    process, processes, devices_each, port = map(int, sys.argv[1:5])
-    jax.config.update("jax_num_cpu_devices", devices_each)
-    if processes > 1:
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(f"localhost:{port}", processes, process)
-    compute(sys.argv[5])

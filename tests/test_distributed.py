@@ -1,40 +1,34 @@
 """Several processes on this machine share one grid; what they leave is what one process leaves."""
 
-import json
-import os
+import functools
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import quick
 import xarray as xr
+from processes import end_as_python, end_of
+from processes import start as start_process
 
 import bnjax
 from bnjax.sweeps import files, run, store
 
-ROOT = Path(__file__).parents[1]
-WORKER = """
-import json
-import sys
-import jax
-path, address, count, index, devices, options = sys.argv[1:]
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", int(devices))
-jax.distributed.initialize(address, int(count), int(index))
-from tests import test_distributed
-found = test_distributed.sweep(path, **json.loads(options))
-print("all done", "done" not in found, flush=True)
-"""
+
+def work(path, address, count, index, devices, options):
+    """What one of the processes does."""
+    quick.use()
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+    jax.distributed.initialize(address, count, index)
+    found = sweep(path, **options)
+    print("all done", "done" not in found, flush=True)
 
 
 def sweep(path, width=2, odd=None, full=None, devices=1, **options):
     """10 parts of 2 cells (at that width), on one device. Process `odd` has other data; for `full` there is no room."""
-    import jax
-
     rng = np.random.default_rng(int(odd == jax.process_index()))
 
     def refuse(*_):
@@ -64,25 +58,20 @@ def start(path, count, devices=(1, 1, 1, 1), **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, *map(str, (path, address, count, i, d)), json.dumps(options)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i, d in zip(range(count), devices, strict=False)
-    ]
+    given = {"path": path, "address": address, "count": count, "options": options}
+    started = []
+    for index, number in zip(range(count), devices, strict=False):
+        log = path.with_name(f"{len(list(path.parent.glob('*.log')))}.log")
+        log.touch()
+        process = start_process(functools.partial(end_as_python, work), log, index=index, devices=number, **given)
+        started.append((process, log))
+    return started
 
 
 def finish(processes):
-    for process in processes:
-        out, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, out
-        assert "all done True" in out
+    for process, log in processes:
+        assert end_of(process, 200) == 0, log.read_text()
+        assert "all done True" in log.read_text()
 
 
 @pytest.mark.slow
@@ -126,10 +115,9 @@ def test_one_is_killed_and_another_number_goes_on(tmp_path):
     until = time.monotonic() + 120
     while not files.Folder(path).list("bnjax/parts") and time.monotonic() < until:
         time.sleep(0.01)
-    processes[1].send_signal(signal.SIGKILL)
-    processes[0].kill()  # JAX would end it, too, but only when it has missed the other for 100 s
-    for process in processes:
-        process.communicate(timeout=60)
+    for process, _ in processes[::-1]:  # JAX would end the first, too, but only when it has missed the other for 100 s
+        process.kill()
+    assert [end_of(process, 60) for process, _ in processes] == 2 * [-signal.SIGKILL]
     done = {name: (parts / name).read_bytes() for name in files.Folder(path).list("bnjax/parts")}
     assert done
     finish(start(path, 3))
@@ -143,9 +131,9 @@ def test_one_is_killed_and_another_number_goes_on(tmp_path):
 def test_one_fails_and_all_end(tmp_path, fault, which, words, done):
     """None waits for ever, each says what happened, the others' shares are stored, and the same job goes on."""
     path, said = tmp_path / "r.zarr", []
-    for process in start(path, 3, **{fault: which}):
-        said.append(process.communicate(timeout=200)[0])
-        assert process.returncode == 1
+    for process, log in start(path, 3, **{fault: which}):
+        assert end_of(process, 200) == 1, log.read_text()
+        said.append(log.read_text())
     assert all(words in text for text in said), said
     parts = len(files.Folder(path).list("bnjax/parts"))
     assert parts >= done if fault == "full" else parts == 0
@@ -155,8 +143,6 @@ def test_one_fails_and_all_end(tmp_path, fault, which, words, done):
 
 
 def test_needs_a_path(monkeypatch):
-    import jax
-
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="by several processes needs a path"):
         sweep(None)

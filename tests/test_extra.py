@@ -1,6 +1,7 @@
 """Scalars of one's own, `Hyperparams.extra`: traced axes of a sweep, in networks, losses and optimizers."""
 
 import dataclasses
+import functools
 
 import equinox as eqx
 import jax
@@ -27,6 +28,9 @@ def apply(params, x, extra):
     return jnp.tanh(extra["gain"] * x @ params["a"]) @ params["b"]
 
 
+NETWORK = bnjax.as_model((init, apply))
+
+
 def hyper(**extra):
     return bnjax.Hyperparams(extra=extra)
 
@@ -40,23 +44,23 @@ def test_an_axis_of_a_network(blobs, monkeypatch):
     calls, compiled = [], program.compiled
     monkeypatch.setattr(program, "compiled", lambda *args: calls.append(args) or compiled(*args))
     compiled.cache_clear()
-    found = sweep((init, apply), blobs, {"gain": [0.5, 2.0], "seed": [0, 1]}, hyper=hyper(gain=1.0))
+    found = sweep(NETWORK, blobs, {"gain": [0.5, 2.0], "seed": [0, 1]}, hyper=hyper(gain=1.0))
     assert compiled.cache_info().currsize == 1
     assert found.test_loss.dims == ("gain", "seed", "step")
-    for gain in (0.5, 2.0):
-        constant = (init, lambda params, x, gain=gain: apply(params, x, {"gain": gain}))
-        expected = sweep(constant, blobs, {"seed": [0, 1]})
-        np.testing.assert_allclose(found.test_loss.sel(gain=gain), expected.test_loss, rtol=1e-5)
+    assert (found.test_loss.sel(gain=0.5) != found.test_loss.sel(gain=2.0)).all()
+    constant = (init, lambda params, x: apply(params, x, {"gain": 2.0}))
+    expected = sweep(constant, blobs, {"seed": [0, 1]})
+    np.testing.assert_allclose(found.test_loss.sel(gain=2.0), expected.test_loss, rtol=1e-5)
 
 
 def test_a_value_that_is_not_swept_is_kept_with_the_results(blobs, tmp_path):
     """A larger grid continues, another value is another grid."""
     path = tmp_path / "results"
-    first = sweep((init, apply), blobs, {"gain": [0.5]}, hyper=hyper(gain=1.0), path=path)
-    more = sweep((init, apply), blobs, {"gain": [0.5, 2.0]}, hyper=hyper(gain=1.0), path=path)
+    first = sweep(NETWORK, blobs, {"gain": [0.5]}, hyper=hyper(gain=1.0), path=path)
+    more = sweep(NETWORK, blobs, {"gain": [0.5, 2.0]}, hyper=hyper(gain=1.0), path=path)
     np.testing.assert_array_equal(more.test_loss.sel(gain=[0.5]), first.test_loss)
     assert bnjax.load_results(path).identical(more)
-    fixed = sweep((init, apply), blobs, {"seed": [0]}, hyper=hyper(gain=2.0))
+    fixed = sweep(NETWORK, blobs, {"seed": [0]}, hyper=hyper(gain=2.0))
     assert fixed.attrs["hyper"]["gain"] == 2.0
     np.testing.assert_allclose(fixed.test_loss[0], more.test_loss.sel(gain=2.0), rtol=1e-6)
 
@@ -91,10 +95,14 @@ class Scaled(eqx.Module):
         return self.output(jnp.tanh(extra["gain"] * self.hidden(x)))
 
 
+@pytest.mark.slow
 def test_a_network_of_equinox(blobs):
-    net = Scaled(jax.random.key(0))
-    found = sweep(net, blobs, {"gain": [0.5, 2.0], "seed": [0, 1]}, hyper=hyper(gain=1.0))
+    found = sweep(Scaled(jax.random.key(0)), blobs, {"gain": [0.5, 2.0], "seed": [0, 1]}, hyper=hyper(gain=1.0))
     assert len({*found.test_loss.values.ravel().tolist()}) == 4
+
+
+def test_a_network_of_equinox_that_is_compiled_already():
+    net = Scaled(jax.random.key(0))
     with pytest.raises(ValueError, match="without filter_jit"):
         bnjax.as_model(eqx.filter_jit(net))
 
@@ -129,10 +137,10 @@ def test_in_a_loss_and_an_optimizer(blobs):
 
 
 def test_make_train(blobs):
-    train = jax.jit(bnjax.make_train((init, apply), CONFIG))
+    train = jax.jit(bnjax.make_train(NETWORK, CONFIG))
     one, two = (train(hyper(gain=gain), blobs).train_loss for gain in (1.0, 2.0))
     assert one != two
-    gradient = jax.grad(lambda gain: bnjax.make_train((init, apply), CONFIG)(hyper(gain=gain), blobs).test_loss[-1])
+    gradient = jax.grad(lambda gain: bnjax.make_train(NETWORK, CONFIG)(hyper(gain=gain), blobs).test_loss[-1])
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         gradient(1.0)
 
@@ -140,7 +148,7 @@ def test_make_train(blobs):
 @pytest.mark.slow
 def test_probes(blobs):
     """Those of a run see its own values."""
-    model = bnjax.as_model((init, apply))
+    model = NETWORK
     probe = probes.flow(model, (12,), batch_size=32, extra={"gain": 1.0})
     found = sweep(model, blobs, {"gain": [0.5, 2.0]}, hyper=hyper(gain=1.0), probe=probe)
     spread = found.spread.isel(probe_step=0).sel(layer="a")
@@ -172,7 +180,7 @@ def test_other_names_are_other_results(blobs, tmp_path):
 def test_what_a_probe_measures_has_the_type_of_a_run(blobs):
     """And may be called like a hyperparameter in a part."""
     probe = bnjax.Probe(lambda s: {"cell size": s.hyper.extra["gain"], "half": jnp.float16(2) * s.hyper.extra["gain"]})
-    found = sweep((init, apply), blobs, {"gain": [0.5]}, hyper=hyper(gain=1), probe=probe)
+    found = sweep(NETWORK, blobs, {"gain": [0.5]}, hyper=hyper(gain=1), probe=probe)
     np.testing.assert_array_equal(found["cell size"].values.ravel(), [0.5, 0.5])
     assert "done" not in found
 
@@ -182,7 +190,7 @@ def test_a_default_of_ones_own_stays(blobs):
         return apply(params, x, extra)
 
     found = sweep((init, own), blobs, {"seed": [0]})
-    expected = sweep((init, apply), blobs, {"seed": [0]}, hyper=hyper(gain=2.0))
+    expected = sweep(NETWORK, blobs, {"seed": [0]}, hyper=hyper(gain=2.0))
     np.testing.assert_allclose(found.test_loss, expected.test_loss, rtol=1e-5)
     net = Gained(nnx.Rngs(0))
     given = bnjax.as_model(net, arguments=lambda train: {"extra": {"gain": 2.0}})
@@ -198,20 +206,20 @@ def test_a_baseline_that_does_not_take_it(blobs):
 
 
 def test_probes_by_hand():
-    model = bnjax.as_model((init, apply))
-    state, x = (
-        model.init(jax.random.key(0), (12,), extra={"gain": 1.0}),
-        jax.random.normal(jax.random.key(1), (32, 12)),
-    )
+    model = NETWORK
+    state = model.init(jax.random.key(0), (12,), extra={"gain": 1.0})
+    x = jax.random.normal(jax.random.key(1), (32, 12))
     one, two = (probes.signals(model, *state, x, extra={"gain": gain})["a"].spread for gain in (1.0, 2.0))
     np.testing.assert_allclose(two, 2 * one, rtol=1e-6)
-    norms = [
-        probes.gradients(model, *state, x, lambda out: out.mean(), extra={"gain": gain}).weights["b"]
-        for gain in (1e-3, 2e-3)
-    ]
+
+    @jax.jit
+    def norm(gain):
+        return probes.gradients(model, *state, x, lambda out: out.mean(), extra={"gain": gain}).weights["b"]
+
+    norms = [norm(gain) for gain in (1e-3, 2e-3)]
     np.testing.assert_allclose(norms[1], 2 * norms[0], rtol=1e-4)  # tanh is linear there
-    values = probes.singular_values(model, *state, x[:4], None, "a", extra={"gain": 1.0})
-    assert values.shape == (32,)
+    of = functools.partial(probes.singular_values, model, *state, source=None, target="a")
+    assert jax.eval_shape(lambda gain: of(x=x[:4], extra={"gain": gain}), 1.0).shape == (32,)
 
 
 def test_make_train_checks_names(blobs):

@@ -33,27 +33,36 @@ def scheduled(hyper):
 
 def by_hand(ds, loss, optimizer, seed=0):
     """(losses, last test loss) of 3 steps in Python, on the batches in the order of `make_train`."""
-    params, stats = MODEL.init(jax.random.key(seed), (12,), 1.0)
-    order = jax.random.permutation(jax.random.fold_in(jax.random.key(0), 0), len(ds.train_x))
-    state, losses = optimizer.init(params), []
-    for step in range(3):
-        chosen = order[32 * step : 32 * (step + 1)]
 
-        def of(params, stats=stats, x=ds.train_x[chosen], y=ds.train_y[chosen]):
+    @jax.jit
+    def begin():
+        params, stats = MODEL.init(jax.random.key(seed), (12,), 1.0)
+        order = jax.random.permutation(jax.random.fold_in(jax.random.key(0), 0), len(ds.train_x))
+        return params, stats, optimizer.init(params), order
+
+    @jax.jit
+    def step(params, stats, state, x, y):
+        def of(params):
             outputs, new = MODEL.apply(params, stats, x, train=True)
             return loss(outputs, y), new
 
         (value, stats), gradient = jax.value_and_grad(of, has_aux=True)(params)
         updates, state = optimizer.update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
+        return optax.apply_updates(params, updates), stats, state, value
+
+    params, stats, state, order = begin()
+    losses = []
+    for i in range(3):
+        chosen = np.asarray(order)[32 * i : 32 * (i + 1)]
+        params, stats, state, value = step(params, stats, state, ds.train_x[chosen], ds.train_y[chosen])
         losses.append(value)
-    return losses, loss(MODEL.apply(params, stats, ds.test_x, train=False)[0], ds.test_y)
+    return losses, jax.jit(lambda: loss(MODEL.apply(params, stats, ds.test_x, train=False)[0], ds.test_y))()
 
 
 @pytest.mark.parametrize(
     ("loss", "function", "optimizer", "floats"),
     [
-        ("squared", lambda o, t: ((o - np.eye(4)[t]) ** 2).sum() / o.size, "sgd", False),
+        ("squared", lambda o, t: ((o - jnp.eye(4)[t]) ** 2).sum() / o.size, "sgd", False),
         ("squared", lambda o, t: ((o - t) ** 2).sum() / o.size, clipped, True),
         pytest.param(huber, huber, scheduled, True, marks=pytest.mark.slow),
     ],
