@@ -93,7 +93,7 @@ class Check:
     @property
     def bounded(self) -> bool:
         """Whether it decides anything."""
-        return self.bounds != (-math.inf, math.inf)
+        return any(bound is not None for bound in (self.below, self.above, self.within))
 
     @property
     def interval(self) -> tuple[float, float]:

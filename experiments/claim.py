@@ -5,6 +5,7 @@ module runs a list of them: it checks everything first, then measures, stores, j
 """
 
 import dataclasses
+import json
 import sys
 import time
 import traceback
@@ -122,20 +123,21 @@ def run(name: str, jobs: Sequence[tuple[Claim, Any]], ds: bnjax.Dataset | None, 
 
     A claim that ends in an error is reported; those beside it are stored.
     """
-    start, failed, report, findings = time.monotonic(), [], {}, []
+    start, failed, findings, figures = time.monotonic(), [], [], []
+    report = _earlier(name, folder)
     total = sum(one.share for one, _ in jobs)
     for i, (one, values) in enumerate(jobs):
         begin = time.monotonic()
         try:
             results = one.measure(values, ds)
-            found, shown = one.judge(results, values), one.tables(results, values)
             common.save(results.assign_attrs(claim=one.name), folder / f"{one.name}.zarr", name)
+            found, shown = one.judge(results, values), one.tables(results, values)
             figure = one.figure(results, values)
             if figure is not None:
-                common.save(figure, folder / f"{one.name}.png", name)
-        except Exception:
+                figures.append(common.save(figure, folder / f"{one.name}.png", name))
+        except Exception as error:
             traceback.print_exc()
-            failed.append(f"{one.name} ended in an error (above)")
+            failed.append(f"{one.name} ended in an error: {error}")
             continue
         findings += [(one.name, each) for each in found]
         report[one.name] = {
@@ -159,10 +161,23 @@ def run(name: str, jobs: Sequence[tuple[Claim, Any]], ds: bnjax.Dataset | None, 
         )
     if findings:
         print(table.summary(findings), end="\n\n")
+    if len(failed) < len(jobs):
         print(f"report:   {path}")
-        print(f"results:  {folder}/CLAIM.zarr (bnjax.load_results opens it), figures: {folder}/CLAIM.png")
+        print(f"results:  {folder}/CLAIM.zarr (bnjax.load_results opens it)")
+    for figure in figures:
+        print(f"figure:   {figure}")
     print(f"{time.monotonic() - start:.0f} s in all")
     return "; ".join(failed)
+
+
+def _earlier(name, folder) -> dict[str, Any]:
+    """The script's earlier report on its claims, each with the command and the versions that it was made with."""
+    path = folder / f"{name}.json"
+    if common.maker(path) != name:
+        return {}
+    old = json.loads(path.read_text())
+    made = {"made": {"command": old["command"], "versions": old["versions"]}}
+    return {claim: made | one for claim, one in old["claims"].items()}
 
 
 def _save_report(name, report, start, folder) -> Path:

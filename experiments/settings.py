@@ -181,10 +181,10 @@ def _text(value):
     if isinstance(value, tuple):
         if len(value) > 4 and isinstance(value[0], float):
             short = f"{value[0]:g}:{value[-1]:g}:{len(value)}"
-            if value[0] > 0 and common.parse_floats("", short) == [*value]:
+            if 0 < value[0] < value[-1] and common.parse_floats("", short) == [*value]:
                 return short
         return ",".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def _is_long_range(value):

@@ -60,6 +60,12 @@ def check_page(flag: str, page: Path, name: str) -> None:
         raise ValueError(f"--{flag}={page} is not a page with the markers {begin} and {end}")
 
 
+def between(page: Path, name: str) -> str:
+    """The text of the page between the markers of that name."""
+    found = re.search(_between(name), page.read_text(), re.DOTALL)
+    return found[0] if found else ""
+
+
 def write_into(page: Path, name: str, text: str) -> None:
     """Replaces what is between the markers of that name."""
     begin, end = _markers(name)

@@ -83,7 +83,8 @@ def check(argv: list[str], folder: Path, page: Path | None) -> None:
     if page:
         table.check_page("docs", page, SCRIPT)
         measured = [name for name in FLAGS.implementations if layers.find(layers.ALL[name])[0]]
-        shown = [name for name, one in layers.ALL.items() if f"| {one.title} |" in page.read_text()]
+        written = table.between(page, SCRIPT)
+        shown = [name for name, one in layers.ALL.items() if f"| {one.title} |" in written]
         if lost := [name for name in shown if name not in measured]:
             raise ValueError(f"--docs={page} would lose its columns of {', '.join(lost)}: install the extra peers")
 

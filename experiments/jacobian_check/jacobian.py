@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 
-from bnjax import activations, batch_norm, jacobian, plots
+from bnjax import activations, batch_norm, choices, jacobian, plots
 from bnjax.findings import Check, Finding
 from experiments.claim import Claim
 from experiments.settings import at_least, positive, require, setting
@@ -48,8 +48,7 @@ class Settings:
         require(self.masked < self.samples, "masked", f"leaves none of --samples={self.samples}, got {self.masked}")
         for field in ("mean", "scale"):
             require(math.isfinite(getattr(self, field)), field, f"must be finite, got {getattr(self, field)}")
-        names = activations.ACTIVATIONS
-        require(self.activation in names, "activation", f"must be one of {', '.join(names)}")
+        choices.check("--activation", self.activation, activations.ACTIVATIONS, activations.ALIASES)
 
     @property
     def mask(self) -> np.ndarray:

@@ -39,7 +39,7 @@ class Wide:
 
 
 def check_seeds(settings: Any, field: str) -> None:
-    """Raises ValueError, naming the flag, for seeds too few for a standard error, or too large."""
+    """Raises `Refused` for seeds too few for a standard error, or too large."""
     check_axis(settings, field, "seed")
     seeds = getattr(settings, field)
     require(len(seeds) >= 16, field, f"must be at least 16, got {len(seeds)}")
@@ -47,12 +47,12 @@ def check_seeds(settings: Any, field: str) -> None:
 
 
 def check_activations(settings: Any, field: str) -> None:
-    """Raises ValueError, naming the flag, unless these are different names of activations."""
+    """Raises ValueError unless these are different names of activations."""
     names = getattr(settings, field)
     once = all(names) and len({*names}) == len(names)
     require(once, field, f"takes at least one name, each of them once, got {','.join(names)!r}")
     for name in names:
-        choices.check(f"activation in --{field}", name, activations.ACTIVATIONS)
+        choices.check(f"activation in --{field}", name, activations.ACTIVATIONS, activations.ALIASES)
 
 
 def orthonormal(rows: int, columns: int) -> np.ndarray:
