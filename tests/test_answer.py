@@ -241,6 +241,24 @@ def test_verdicts_are_as_the_page_has_them():
             assert verdicts <= {"supported"} or name in told, name
 
 
+def test_seeds_6_to_11_reverse_no_check_and_change_four_verdicts():
+    assert "17 of its 21 findings have the same verdict" in PAGE
+    first, other = (
+        [
+            one
+            for claim in json.loads((DOCS / "results" / name).read_text())["claims"].values()
+            for one in claim["findings"]
+        ]
+        for name in ("why_robust.json", "why_robust_seeds_6_to_11.json")
+    )
+    assert [one["claim"] for one in first] == [one["claim"] for one in other]
+    assert len(first) == 21
+    assert sum(a["verdict"] == b["verdict"] for a, b in zip(first, other, strict=True)) == 17
+    for a, b in zip(first, other, strict=True):
+        for mine, theirs in zip(a["checks"], b["checks"], strict=True):
+            assert {mine["holds"], theirs["holds"]} != {True, False}, mine["statement"]
+
+
 @pytest.mark.slow
 def test_other_seeds_give_the_same_verdicts():
     """Of the cheapest claim; the others were tried once."""
