@@ -1,5 +1,7 @@
 """The closed-form Jacobian against autodiff of the textbook formula and numpy's eigenvalues, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,19 +117,27 @@ def test_hessian_vector_product_is_the_derivative_of_the_operator():
     def pullback(x):
         return jacobian.matvec(x, 1.0, a, 0.1, mask)
 
-    expected = jax.jvp(pullback, (x,), (dx,))[1]
-    filled = np.where(mask, x, np.nan)
-    np.testing.assert_allclose(jacobian.hvp(filled, a, dx, 0.1, mask), expected, rtol=0, atol=1e-13)
+    @jax.jit
+    def both(x, filled):
+        return jax.jvp(pullback, (x,), (dx,))[1], jacobian.hvp(filled, a, dx, 0.1, mask)
+
+    expected, found = both(x, np.where(mask, x, np.nan))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
 
 
 def test_hvp_of_a_whole_loss():
     """H dx of L(normalize(x)) is hvp at dL, plus J L'' J dx, as the docstring has it. float32: 1e-5."""
     rng = np.random.default_rng(0)
     x, dx = rng.normal(size=(2, 8, 3)).astype(np.float32)
-    x_hat = batch_norm.normalize(x)
-    expected = jax.jvp(jax.grad(lambda x: jnp.sin(batch_norm.normalize(x)).sum()), (x,), (dx,))[1]
-    inner = -jnp.sin(x_hat) * jacobian.matvec(x, 1.0, dx)
-    found = jacobian.hvp(x, jnp.cos(x_hat), dx) + jacobian.matvec(x, 1.0, inner)
+
+    @jax.jit
+    def both(x, dx):
+        x_hat = batch_norm.normalize(x)
+        inner = -jnp.sin(x_hat) * jacobian.matvec(x, 1.0, dx)
+        found = jacobian.hvp(x, jnp.cos(x_hat), dx) + jacobian.matvec(x, 1.0, inner)
+        return jax.jvp(jax.grad(lambda x: jnp.sin(batch_norm.normalize(x)).sum()), (x,), (dx,))[1], found
+
+    expected, found = both(x, dx)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -144,11 +154,15 @@ def test_parameters():
     rng = np.random.default_rng(0)
     x, mask = rng.normal(size=(7, 3)), np.arange(7)[:, None] != 2
     params, (_, stats) = BatchNormParams(rng.normal(size=3), rng.normal(size=3)), batch_norm.init(3, x.dtype)
-    autodiff = jax.jacrev(lambda p: batch_norm.apply(p, stats, x, train=True, epsilon=0.1, mask=mask)[0])(params)
-    found = jacobian.parameters(x, 0.1, mask)
-    for a, f in zip(autodiff, found, strict=True):
-        np.testing.assert_allclose(jnp.einsum("icd->ic", a), f, atol=1e-14)
-        assert abs(jnp.abs(a).sum() - jnp.abs(f).sum()) < 1e-12  # nothing off the diagonal
+
+    @jax.jit
+    def both(params):
+        autodiff = jax.jacrev(lambda p: batch_norm.apply(p, stats, x, train=True, epsilon=0.1, mask=mask)[0])
+        return autodiff(params), jacobian.parameters(x, 0.1, mask)
+
+    for a, f in zip(*jax.device_get(both(params)), strict=True):
+        np.testing.assert_allclose(np.einsum("icc->ic", a), f, atol=1e-14)
+        assert abs(np.abs(a).sum() - np.abs(f).sum()) < 1e-12  # nothing off the diagonal
 
 
 @pytest.mark.usefixtures("x64")
@@ -157,10 +171,10 @@ def test_evaluation_mode():
     x = rng.normal(size=(5, 3))
     params = BatchNormParams(np.array([2.0, -0.5, 1.0]), rng.normal(size=3))
     stats = BatchStats(rng.normal(size=3), np.array([0.2, 3.0, 0.0]), jnp.int32(1))
-    found = jacobian.evaluation(params.scale, stats.var, 1e-3)
+    found = np.asarray(jacobian.evaluation(params.scale, stats.var, 1e-3))
     np.testing.assert_allclose(found, params.scale / np.sqrt(stats.var + 1e-3), rtol=1e-14)
-    autodiff = jax.jacrev(lambda x: batch_norm.apply(params, stats, x, train=False, epsilon=1e-3)[0])(x)
-    expected = jnp.einsum("ij,cd,c->icjd", jnp.eye(5), jnp.eye(3), found)
+    autodiff = jax.jit(jax.jacrev(lambda x: batch_norm.apply(params, stats, x, train=False, epsilon=1e-3)[0]))(x)
+    expected = np.einsum("ij,cd,c->icjd", np.eye(5), np.eye(3), found)
     np.testing.assert_allclose(autodiff, expected, atol=1e-14)
 
 
@@ -182,13 +196,16 @@ def test_block(activation, masked):
     def layer(x, kernel):
         return activation(textbook(x @ kernel, scale, 0.01, mask) + bias)
 
-    expected = jax.jacrev(layer, argnums=(0, 1))(x, kernel)
-    filled = np.where(mask, x, np.nan)
-    found = jacobian.block(filled, kernel, scale, bias, activation, 0.01, mask if masked else None)
+    @jax.jit
+    def both(x, filled, kernel):
+        found = jacobian.block(filled, kernel, scale, bias, activation, 0.01, mask if masked else None)
+        return jax.jacrev(layer, argnums=(0, 1))(x, kernel), found
+
+    expected, found = jax.device_get(both(x, np.where(mask, x, np.nan), kernel))
     bound = 1e-12 * 1.5 / np.sqrt(0.01)
-    assert jnp.abs(found.x - expected[0]).max() < bound
-    assert jnp.abs(found.kernel - jnp.einsum("ifdf->ifd", expected[1])).max() < bound
-    off = expected[1] * (1 - jnp.eye(3))[None, :, None]
+    assert np.abs(found.x - expected[0]).max() < bound
+    assert np.abs(found.kernel - np.einsum("ifdf->ifd", expected[1])).max() < bound
+    off = expected[1] * (1 - np.eye(3))[None, :, None]
     assert (off == 0).all()
 
 
@@ -197,9 +214,10 @@ def test_block_far_from_zero():
     """Against float64 by its own centring: 1e4 standard deviations from zero, to float32's rounding."""
     x = (1e4 + np.random.default_rng(0).normal(size=(32, 4))).astype(np.float32)
     kernel = np.random.default_rng(1).normal(size=(4, 3)).astype(np.float32)
-    found = jacobian.block(x, kernel, activation=jnp.tanh)
+    block = jax.jit(functools.partial(jacobian.block, activation=jnp.tanh))
+    found = block(x, kernel)
     with jax.enable_x64(True):
-        expected = jacobian.block(x.astype(np.float64) - 1e4, kernel.astype(np.float64), activation=jnp.tanh)
+        expected = block(x.astype(np.float64) - 1e4, kernel.astype(np.float64))
     for f, e in zip(found, expected, strict=True):
         assert np.abs(np.asarray(f) - np.asarray(e)).max() < 1e-6 * np.abs(np.asarray(e)).max()
 
@@ -213,14 +231,19 @@ def test_block_under_scaled_weights():
     assert (small.kernel == 4 * large.kernel).all()
 
 
+# The checks of annotations take no tracer for a number.
+spectrum = jax.jit(jacobian.spectrum, static_argnums=1)
+matvec = jax.jit(jacobian.matvec, static_argnums=1)
+
+
 def test_multiplicities():
     x = np.random.default_rng(0).normal(size=(6, 1)).astype(np.float32)
     sigma = np.sqrt(x.var() + 0.5)
-    zero, shrunk, *others = jacobian.spectrum(x, 2.0, 0.5)[0]
+    zero, shrunk, *others = np.asarray(spectrum(x, 2.0, 0.5))[0]
     assert zero == 0
     np.testing.assert_allclose(shrunk, 2 / sigma * 0.5 / sigma**2, rtol=1e-5)
     np.testing.assert_allclose(others, 4 * [2 / sigma], rtol=1e-5)
-    np.testing.assert_allclose(jacobian.spectrum(x, -2.0, 0.5)[0], -jacobian.spectrum(x, 2.0, 0.5)[0, ::-1])
+    np.testing.assert_allclose(spectrum(x, -2.0, 0.5)[0], -np.asarray(spectrum(x, 2.0, 0.5))[0, ::-1])
 
 
 @pytest.mark.parametrize("magnitude", [1e30, 1e-21, 1e-30])
@@ -228,15 +251,15 @@ def test_any_magnitude(magnitude):
     x = np.random.default_rng(0).normal(size=(6, 1))
     small = (magnitude * x).astype(np.float32)
     expected = np.array([0, 0, 1, 1, 1, 1]) / (magnitude * x.std())
-    np.testing.assert_allclose(jacobian.spectrum(small, 1.0, 0.0)[0].astype(float), expected, rtol=1e-5)
+    np.testing.assert_allclose(np.asarray(spectrum(small, 1.0, 0.0), float)[0], expected, rtol=1e-5)
 
 
 def test_eigenvectors():
     x = np.random.default_rng(1).normal(size=(9, 3)).astype(np.float32)
-    x_hat = batch_norm.normalize(x, 0.2)
-    assert jnp.abs(jacobian.matvec(x, 1.5, jnp.ones((9, 3)), 0.2)).max() < 1e-6
-    factor = jacobian.spectrum(x, 1.5, 0.2)[:, 1]
-    np.testing.assert_allclose(jacobian.matvec(x, 1.5, x_hat, 0.2), factor * x_hat, atol=1e-5)
+    x_hat = np.asarray(jax.jit(batch_norm.normalize)(x, 0.2))
+    assert np.abs(matvec(x, 1.5, np.ones((9, 3), np.float32), 0.2)).max() < 1e-6
+    factor = np.asarray(spectrum(x, 1.5, 0.2))[:, 1]
+    np.testing.assert_allclose(matvec(x, 1.5, x_hat, 0.2), factor * x_hat, atol=1e-5)
 
 
 def test_nothing_is_left_of_a_constant_feature_at_epsilon_0():

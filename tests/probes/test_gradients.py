@@ -65,7 +65,7 @@ class TestGradients:
             return loss(h @ matrices["output"])
 
         shifts = [jnp.zeros((N, width)) for width in HIDDEN]
-        to_matrices, to_shifts = jax.grad(textbook, (0, 1))(matrices, shifts)
+        to_matrices, to_shifts = jax.jit(jax.grad(textbook, (0, 1)))(matrices, shifts)
         found = gradients(model, params, stats, x, loss)
         assert set(found.weights) == set(matrices)
         for name, gradient in to_matrices.items():
@@ -146,8 +146,9 @@ def test_derivatives(train):
 
     found = jax.jit(lambda *a: probes.derivatives(model, *a, loss, train=train))(params, stats, x)
     close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    jax.tree.map(close, (found.to_params, found.to_input), jax.grad(loss_of, (0, 1))(params, x))
-    jax.tree.map(close, (found.outputs, found.intermediates), model.layers(params, stats, x, {}, train=train))
+    jax.tree.map(close, (found.to_params, found.to_input), jax.jit(jax.grad(loss_of, (0, 1)))(params, x))
+    shown = jax.jit(partial(model.layers, train=train))(params, stats, x, {})
+    jax.tree.map(close, (found.outputs, found.intermediates), shown)
     norms = gradients(model, params, stats, x, loss, train=train)
     for name, norm in norms.intermediates.items():
         close(np.linalg.norm(found.to_intermediates[name]), norm)
