@@ -93,7 +93,7 @@ class TestJacobianCheck:
         [
             ({"samples": 4, "masked": 4}, "--masked leaves none of --samples=4, got 4"),
             ({"samples": 0}, "--samples must be at least 1"),
-            ({"activation": "tan"}, "--activation must be one of .*tanh"),
+            ({"activation": "tan"}, "unknown --activation .*did you mean .tanh"),
             ({"epsilon": 0}, "--epsilon must be above 0"),
             ({"std": 0}, "--std must be above 0"),
             ({"scale": "nan"}, "--scale must be finite"),
