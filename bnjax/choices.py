@@ -1,4 +1,4 @@
-"""What arguments may be: names of a table, new names, counts. The errors say what is allowed."""
+"""Allowed values of arguments: names of a table, new names, counts. The errors say what is allowed."""
 
 import difflib
 import math

@@ -65,7 +65,7 @@ def use_cache(folder: Path | None = None) -> None:
 
 @functools.cache
 def processor() -> dict[str, str]:
-    """What the system says of the first core; nothing where it does not."""
+    """The system's description of the first core; empty where there is none."""
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:  # only Linux has this file
@@ -95,7 +95,7 @@ class Entries:
         self._path = folder  # JAX's own name for it
 
     def get(self, key: str) -> bytes | None:
-        """What was put, or None if nothing was, or what is there is damaged."""
+        """The value that was put, or None if none was, or if it is damaged."""
         file = self._file(key)
         try:
             entry = file.read_bytes()

@@ -99,7 +99,7 @@ def _differ(new, old):
 
 
 def gains(lhs: Any, rhs: Any, params: Mapping[str, Any]) -> bool:
-    """Whether `as_product` is faster than the convolution where a CPU trains in a compiled loop: by shapes alone.
+    """True if `as_product` is faster than the convolution where a CPU trains in a compiled loop: by shapes alone.
 
     Args:
       lhs: has the shape and dtype of the input.
@@ -132,7 +132,7 @@ def gains(lhs: Any, rhs: Any, params: Mapping[str, Any]) -> bool:
 
 
 def as_product(lhs: Num[jax.Array, "..."], rhs: Num[jax.Array, "..."], **params: Any) -> Num[jax.Array, "..."]:
-    """What `lax.conv_general_dilated_p` computes from the same arguments, to rounding, by a matrix product.
+    """The result of `lax.conv_general_dilated_p` on the same arguments, to rounding, by a matrix product.
 
     Args:
       lhs: input; N, C features and any number of spatial dimensions, in the order of `dimension_numbers`.

@@ -57,12 +57,12 @@ class Value:
 
     @property
     def moving(self) -> bool:
-        """Whether it depends on x."""
+        """True if it depends on x."""
         return bool(self.origins)
 
     @property
     def base(self) -> "Value":
-        """What it is an elementwise function of."""
+        """The values that it is an elementwise function of."""
         return self.root or self
 
 
@@ -212,7 +212,7 @@ def _elementwise(name, given, fixed, new) -> None:
 
 
 def _divides(name, first, by, what) -> bool:
-    """Whether the operation is a division by a statistic, or a product with the inverse of one."""
+    """True if the operation is a division by a statistic, or a product with the inverse of one."""
     by = [one for one in by if getattr(one, what)]
     return bool(by) and ((name == "div" and first) or (name == "mul" and any(one.inverse for one in by)))
 
@@ -235,7 +235,7 @@ def _largest(values) -> dict[str, tuple[int, int]]:
 
 
 def _joined(values) -> Value:
-    """What may be one or the other."""
+    """A value that may be one or the other."""
     inputs = tuple(one for one in values if one.moving)
     return Value(
         origins=_union(one.origins for one in inputs),

@@ -139,19 +139,19 @@ def check_place(files: Files, *of_a_sweep: str) -> None:
 
 
 def stands(files: Files) -> bool:
-    """Whether there is a plain Zarr at the root, or what is left of one of a sweep."""
+    """True if there is a plain Zarr at the root, or the rest of one of a sweep."""
     return any(files.get(key) is not None for key in ("zarr.json", "bnjax/zarr.json"))
 
 
 def of_others(files: Files) -> bool:
-    """Whether the plain Zarr at the root is no export: saved at once, or a sweep's in the earlier format."""
+    """True if the plain Zarr at the root is no export: saved at once, or a sweep's in the earlier format."""
     return files.get("zarr.json") is not None and b'"attributes": {"digest"' not in (
         files.get("bnjax/zarr.json") or b""
     )
 
 
 def load(files: Files) -> xr.Dataset:
-    """What `save` wrote there, `export`, or a sweep in the earlier format: then with `done` where not all is.
+    """The results of `save`, of `export`, or of a sweep in the earlier format: then with `done` where not all is.
 
     Raises:
       FileNotFoundError: if there is nothing.
@@ -208,7 +208,7 @@ def nothing(dtype: np.dtype | str) -> float | bool | int:
 
 
 def first_line(error: Exception) -> str:
-    """What it says, or what it is."""
+    """Its first line, or its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -92,7 +92,7 @@ class Check:
 
     @property
     def bounded(self) -> bool:
-        """Whether it decides anything."""
+        """True if it decides anything."""
         return any(bound is not None for bound in (self.below, self.above, self.within))
 
     @property
@@ -142,7 +142,7 @@ class Check:
         return f"{side} {number(value, self.unit)}"
 
     def as_json(self) -> dict[str, Any]:
-        """What is stored of it."""
+        """Its stored form."""
         values = self.values
         return {
             "statement": self.statement,
@@ -175,7 +175,7 @@ class Finding:
     action: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """What is stored of it."""
+        """Its stored form."""
         words = {name: getattr(self, name) for name in ("claim", "source", "note", "code", "layer", "action")}
         return {
             **{name: text for name, text in words.items() if text},
@@ -185,7 +185,7 @@ class Finding:
 
 
 def verdict(finding: Finding) -> str:
-    """What the checks say of the claim.
+    """The verdict of the checks on the claim.
 
     "supported" if all hold, "not supported" if some fail and none holds, "partly supported; not so: ..." if some fail;
     "undecided: ..." if none fails and the numbers do not decide some. Without bounds: "not judged".

@@ -73,7 +73,7 @@ def drawn_anew(network: Any) -> Any:
 
 
 def is_network(value: Any) -> bool:
-    """Whether `as_model` takes it."""
+    """True if `as_model` takes it."""
     return _kind(value) != ""
 
 
@@ -132,7 +132,7 @@ class Row(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What of a network is scaled by `init_scale` and decayed by `weight_decay`; a table when printed."""
+    """The parts of a network that `init_scale` scales and `weight_decay` decays; a table when printed."""
 
     parameters: tuple[Row, ...]
     parts: tuple[str, ...]  # products, norms and nonlinearities, as `bnjax.probes` names them
@@ -157,7 +157,7 @@ class Description:
 def describe(
     model: Any, input_shape: tuple[int, ...], *, extra: Mapping[str, Any] = MappingProxyType({})
 ) -> Description:
-    """What of a network is scaled and decayed, and what is seen of it. Nothing is computed.
+    """Describes the parts of a network that are scaled, decayed and seen. Nothing is computed.
 
     Args:
       model: whatever `as_model` takes.

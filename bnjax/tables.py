@@ -31,16 +31,16 @@ class ByLayer(dict):
     """{layer: a figure, or a NamedTuple of figures}. Prints as a table; to JAX a tree that keeps its order."""
 
     def tree_flatten_with_keys(self):
-        """What JAX calls."""
+        """Called by JAX."""
         return [(jax.tree_util.DictKey(name), self[name]) for name in self], (*self,)
 
     def tree_flatten(self):
-        """What JAX calls."""
+        """Called by JAX."""
         return [*self.values()], (*self,)
 
     @classmethod
     def tree_unflatten(cls, names: tuple, values: Iterable):
-        """What JAX calls."""
+        """Called by JAX."""
         return cls(zip(names, values, strict=True))
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""What a network computes, read off its trace: products, norms, nonlinearities, whoever wrote it and with what.
+"""The computation of a network, read off its trace: products, norms, nonlinearities, whoever wrote it and with what.
 
 `apply` is traced to a jaxpr (JAX's list of primitive operations), which is followed from the inputs to the outputs:
 
@@ -45,7 +45,7 @@ class Part(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What a network computes."""
+    """The computation of a network."""
 
     parts: tuple[Part, ...]  # in the order in which they are computed
     not_seen: Mapping[str, str]  # {parameter: why}

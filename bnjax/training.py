@@ -64,7 +64,7 @@ OPTIMIZERS = MappingProxyType(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What is the same for every run of a grid, and fixes the compiled program.
+    """The settings that are the same for every run of a grid, and fix the compiled program.
 
     Attributes:
       steps: number of optimizer steps.
@@ -128,7 +128,7 @@ class RunState(NamedTuple):
 
     @property
     def history(self) -> History:
-        """What has become of the run so far."""
+        """The state of the run so far."""
         return History(*self.curves, diverged=self.diverged_step >= 0, diverged_step=self.diverged_step)
 
 
@@ -212,7 +212,7 @@ def make_run(
         )
 
     def goes_on(state):
-        """Whether a further step is of any use; the same in all runs of the vmap."""
+        """True if a further step is of any use; the same in all runs of the vmap."""
         if probe is not None:
             return True
         alive = state.diverged_step < 0
@@ -307,7 +307,7 @@ def make_run(
 
 
 def _row_if(due, function, like):
-    """What it returns if it is due, else zeros in the form of a row of those arrays."""
+    """Its values if it is due, else zeros in the form of a row of those arrays."""
     return jax.lax.cond(due, function, lambda: jax.tree.map(lambda a: jnp.zeros_like(a[0]), like))
 
 

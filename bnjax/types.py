@@ -78,7 +78,7 @@ class Model(NamedTuple):
 
 
 def takes_extra(function: Callable) -> bool:
-    """Whether it has an argument `extra`."""
+    """True if it has an argument `extra`."""
     return "extra" in inspect.signature(function).parameters
 
 
@@ -162,7 +162,7 @@ class Dataset(NamedTuple):
 
 
 class Hyperparams(NamedTuple):
-    """What can be swept without recompiling: one scalar each (or [cells], under vmap).
+    """The values that can be swept without recompiling: one scalar each (or [cells], under vmap).
 
     seed: draws the initialization (0 <= seed < 2^31). The order of the data has its own: `TrainConfig.data_seed`.
     init_scale: multiplies the standard deviation of the initial weights (> 0).
@@ -194,7 +194,7 @@ class Hyperparams(NamedTuple):
 
 
 class Range(NamedTuple):
-    """What a hyperparameter may be."""
+    """The allowed values of a hyperparameter."""
 
     dtype: np.dtype  # in the compiled program
     low: float
@@ -257,14 +257,14 @@ class Snapshot(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What is measured before the first step of a run and at each of its evaluations."""
+    """A measurement before the first step of a run and at each of its evaluations."""
 
     measure: Callable[[Snapshot], Mapping[str, jax.Array]]  # {quantity: [] or [layers]}, float32
     layers: Sequence[str] = ()  # their names
 
 
 class History(NamedTuple):
-    """What one training run leaves behind.
+    """The results of one training run.
 
     From the step on at which it diverged, its losses are infinite and its accuracies those of guessing, 1/K. Where
     targets are floats, accuracies are NaN.

@@ -28,7 +28,7 @@ S = TypeVar("S")
 
 @dataclasses.dataclass(frozen=True)
 class Claim(Generic[S]):
-    """What is asked, and how it is decided.
+    """A question, and the numbers that decide it.
 
     Attributes:
       name: short, such as "B6"; of its files, too.

@@ -1,4 +1,4 @@
-"""What the experiment scripts share: axes as text, cores, the output folder."""
+"""Shared by the experiment scripts: axes as text, cores, the output folder."""
 
 import concurrent.futures
 import contextlib
@@ -83,7 +83,7 @@ def join_others() -> None:
 
 
 def prepare_process() -> None:
-    """What is to be set before JAX's first array, unless it is set otherwise.
+    """Sets up JAX before its first array, where the user has not.
 
     One XLA device per core on CPU; compiled programs are kept in the user's cache folder; no chatter.
     """
@@ -149,7 +149,7 @@ def check_writable(folder: Path) -> None:
 
 
 def maker(path: Path) -> str | None:
-    """Which script made the results, figure or table at `path`, by its own account; None: it does not say."""
+    """The script that made the results, figure or table at `path`, by its own account; None: it does not say."""
     try:
         if path.is_dir() and (path / "zarr.json").is_file():
             words = _made_by(json.loads((path / "zarr.json").read_bytes())["attributes"]["command"])
@@ -169,7 +169,7 @@ def _made_by(command: str) -> str:
 
 
 def _obstacle(path: Path, script: str, overwrite: bool) -> str:
-    """What the script would replace at `path` and may not, in words; empty: nothing."""
+    """The thing at `path` that the script may not replace, in words; empty: there is none."""
     target = Path(os.path.realpath(path))
     aside = export.aside(target)  # a sweep's results are only there, if it died while it replaced them
     for name, one in ((path.name, target), (aside.name, aside)):

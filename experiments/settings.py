@@ -104,7 +104,7 @@ def parse(claim: HasSettings, claims: Sequence[HasSettings], *, full: bool) -> A
 
 
 def stored(settings: Any) -> dict[str, Any]:
-    """What a report says of settings; long ranges of seeds as text."""
+    """Settings as a report holds them; long ranges of seeds as text."""
     values = dataclasses.asdict(settings)
     return {name: _text(value) if _is_long_range(value) else value for name, value in values.items()}
 
@@ -136,7 +136,7 @@ def _having(claims, name) -> Iterator[tuple[HasSettings, dataclasses.Field]]:
 
 
 def _declared(claim, field):
-    """What has to be equal for two claims to share a flag."""
+    """The parts that have to be equal for two claims to share a flag."""
     values = (getattr(claim.quick, field.name), getattr(claim.full, field.name))
     return str(_type(claim, field)), field.metadata["words"], *values
 

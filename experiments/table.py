@@ -40,7 +40,7 @@ class Table:
         return "\n".join([f"**{self.title}**", "", *rows, *(["", self.caption] if self.caption else []), ""])
 
     def as_json(self) -> dict[str, Any]:
-        """What is stored of it."""
+        """Its stored form."""
         return dataclasses.asdict(self)
 
 

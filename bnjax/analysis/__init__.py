@@ -1,1 +1,1 @@
-"""What results say: the range of scales over which networks train (robustness)."""
+"""Analysis of results: the range of scales over which networks train (robustness)."""

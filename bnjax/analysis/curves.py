@@ -1,4 +1,4 @@
-"""What measured points say where they end: networks of infinite width, and laws of growth."""
+"""Limits of measured points: networks of infinite width, and laws of growth."""
 
 import math
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ def at_infinite_width(widths: Sequence[int], *runs: np.ndarray) -> np.ndarray:
 
 
 def growth(curves: np.ndarray, times: np.ndarray) -> Growth:
-    """Whether curves grow as a power of time or exponentially: whichever fits their logarithms better, all together.
+    """Fits growth as a power of time or exponential growth: whichever fits their logarithms better, all together.
 
     Args:
       curves: [N, T].

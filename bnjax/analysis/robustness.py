@@ -1,4 +1,4 @@
-"""What a finished sweep says: over how many decades of init_scale does a network still train?
+"""The decades of init_scale over which a network still trains, by a finished sweep.
 
 The robust range at a threshold q is the longest contiguous run of the grid's scales at which the median
 seed's final test accuracy is at least q times the best such median over all networks and scales. Its
@@ -37,7 +37,7 @@ class RobustRange(NamedTuple):
 
     @property
     def open(self) -> bool:
-        """Whether a wider grid could have a longer range."""
+        """True if a wider grid could have a longer range."""
         return self.open_low or self.open_high
 
 

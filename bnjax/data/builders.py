@@ -1,4 +1,4 @@
-"""What the data sets of TFDS are, and the builder that prepares any of them, without TensorFlow.
+"""The data sets of TFDS, and the builder that prepares any of them, without TensorFlow.
 
 The official archives are read with the standard library. Their addresses, sizes and checksums are
 those of the TFDS data set of the same name; nothing is prepared from a file that does not match.
@@ -31,7 +31,7 @@ class Arrays(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What a data set is and where it comes from."""
+    """A data set and its origin."""
 
     name: str
     version: str
@@ -62,7 +62,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     @property
     def url_infos(self) -> dict[str, UrlInfo]:
-        """What TFDS's download manager checks downloads against."""
+        """The checksums that TFDS's download manager holds downloads to."""
         return dict(archives(self.source))
 
     def _info(self) -> tfds.core.DatasetInfo:

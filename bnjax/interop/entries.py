@@ -1,4 +1,4 @@
-"""What the conversions share: the entries of an mlp by name, and dictionaries held to what is expected.
+"""Shared by the conversions: the entries of an mlp by name, and dictionaries held to what is expected.
 
 An entry's name is its path in `{"params": ..., "batch_stats": ...}`, such as `params/hidden_0/norm/scale`.
 """

@@ -77,7 +77,7 @@ def as_model(
 
 
 def is_network(value: Any) -> bool:
-    """Whether it is an Equinox network, or one with its state."""
+    """True for an Equinox network, or one with its state."""
     if isinstance(value, tuple) and len(value) == 2:
         return isinstance(value[0], eqx.Module) and isinstance(value[1], eqx.nn.State)
     return isinstance(value, eqx.Module)

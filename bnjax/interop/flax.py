@@ -289,7 +289,7 @@ def as_model(
 
     @functools.cache
     def random(input_shape, names):
-        """Whether it asks for random numbers in training; `names` are those in `extra`."""
+        """True if it asks for random numbers in training; `names` are those in `extra`."""
         extra = some_of(names)
         variables, x = jax.eval_shape(lambda: variables_of(jax.random.key(0), input_shape, extra))
 

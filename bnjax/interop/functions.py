@@ -81,7 +81,7 @@ def as_model(
 
 
 def arguments(call: Callable) -> Callable[[bool], dict[str, bool]]:
-    """What a network's `__call__` wants to be told about training, by the names that are usual for it."""
+    """The arguments of a network's `__call__` that tell it about training, by their usual names."""
     names = inspect.signature(call).parameters
     usual = {"train": True, "training": True, "is_training": True, "deterministic": False, "use_running_average": False}
     return lambda train: {name: train == value for name, value in usual.items() if name in names}

@@ -127,7 +127,7 @@ def derivatives(
 
 
 class FirstStep(NamedTuple):
-    """What one step W_1 = W_0 - learning_rate g does to a weight matrix."""
+    """The effect of one step W_1 = W_0 - learning_rate g on a weight matrix."""
 
     norm_before: jax.Array  # |W_0|
     gradient_norm: jax.Array  # |g|
@@ -147,7 +147,7 @@ def first_step(
     *,
     loss: Callable[[jax.Array, jax.Array], jax.Array] = cross_entropy,
 ) -> ByLayer:
-    """What a step of SGD without momentum does to each weight matrix.
+    """The effect of a step of SGD without momentum on each weight matrix.
 
     Args:
       model: the network.

@@ -109,7 +109,7 @@ def _by_shape(arrays):
 
 
 def _saturated(show, offsets, saturation):
-    """What is shown, and {name: fraction of entries with a slope below `saturation`, or NaN}.
+    """The intermediates, and {name: fraction of entries with a slope below `saturation`, or NaN}.
 
     By derivatives along the offsets.
     """

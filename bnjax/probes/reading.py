@@ -1,4 +1,4 @@
-"""What a network has, by name: weight matrices and intermediates."""
+"""Parts of a network by name: weight matrices and intermediates."""
 
 import re
 from collections.abc import Collection

@@ -257,12 +257,12 @@ def files_at(path: PathLike) -> Folder | Bucket:
 
 
 def _who():
-    """What the lock says of this process."""
+    """This process, as the lock names it."""
     return f"process {os.getpid()} on {HOST} (since {time.strftime('%Y-%m-%d %H:%M')} by its clock)".encode()
 
 
 def _words(text):
-    """What the lock says; nothing if it is not what `_who` writes."""
+    """The lock's content; empty if `_who` did not write it."""
     found = "".join(filter(str.isprintable, (text or b"")[:200].decode(errors="ignore")))
     return found if found.startswith("process ") else ""
 
@@ -272,7 +272,7 @@ def _last(who):
 
 
 def _locked(file, *, exclusive):
-    """Whether this process has the lock now; it has if there are no locks."""
+    """True if this process has the lock now; it has if there are no locks."""
     if fcntl is None:
         return True
     try:

@@ -1,4 +1,4 @@
-"""What was asked for, and a view of the cells that are known of it: a data set."""
+"""The request of a sweep, and a view of the cells that are known of it: a data set."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ class Variable(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What was asked for: all of a data set but the values."""
+    """The request: all of a data set but the values."""
 
     models: Mapping[str, tuple[str, ...]]  # name: the identities whose cells count, the first its own
     labelled: bool  # whether there is a dimension "model"
@@ -51,7 +51,7 @@ class Layout:
 
     @property
     def bases(self) -> dict[str, str]:
-        """What each network computes: its own identity without the width."""
+        """The identity of each network's computation, without the width."""
         return {name: parsed(ids[0])[0] for name, ids in self.models.items()}
 
     @property
@@ -60,13 +60,13 @@ class Layout:
         return {identity for ids in self.models.values() for identity in ids}
 
     def compared(self, name: str) -> Any:
-        """What is said of the models, the configuration, ...; of the plan the widths."""
+        """The description of models, configuration, ...; of the plan the widths."""
         widths = {model: {"width": parsed(ids[0])[1]} for model, ids in self.models.items()}
         return widths if name == "plan" else self.attributes.get(name)
 
     @property
     def frame(self) -> dict[str, Any]:
-        """What no change can be allowed in."""
+        """The parts in which no change can be allowed."""
         variables = {name: [list(v.dims), v.dtype] for name, v in self.variables.items()}
         return {"further": {dim: list(values) for dim, values in self.further.items()}, "variables": variables}
 

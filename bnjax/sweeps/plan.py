@@ -1,4 +1,4 @@
-"""How many cells run together on the devices at hand, and how long: chosen by size.
+"""The number of cells that run together on the devices at hand, and for how long: chosen by size.
 
 A cell's result may differ in its last bits between widths, so that the width is part of what stored results are known
 by. It depends on the network and the kind of device alone.

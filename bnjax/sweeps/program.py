@@ -82,7 +82,7 @@ class Trainer(NamedTuple):
 
     @property
     def plan(self) -> dict[str, Any]:
-        """How the cells are run, as results keep it."""
+        """The plan of the cells' runs, as results keep it."""
         narrowed = {"narrowed": self.narrowed} if self.narrowed else {}
         return {"width": self.width, "devices": len(self.devices)} | narrowed
 

@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs, on standard error."""
+"""The progress of a sweep, on standard error."""
 
 import time
 
@@ -10,7 +10,7 @@ NOTEBOOK_SECONDS = 0.5  # between changes of the line in a notebook
 
 
 class Progress(rich.progress.Progress):
-    """What is compiled, cells done, cells diverged, cells per second and the time left; silent if not `enabled`.
+    """Shows what is compiled, cells done, cells diverged, cells per second and the time left; silent if not `enabled`.
 
     On a terminal and in a notebook one line that is kept up to date; elsewhere a line for each network that is
     compiled, one a minute, and one at the end.

@@ -1,4 +1,4 @@
-"""What made a set of results. Cells are known by `identity`; the rest says in words in what two sweeps differ."""
+"""The origin of a set of results. Cells are known by `identity`; the rest says in words in what two sweeps differ."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ def describe(
     about: Mapping[str, Any],
     kernels: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a sweep computes, on data of that `fingerprint`, and with what; `about`: further attributes, as of `sweep`.
+    """A sweep's computation, on data of that `fingerprint`, and its environment; `about`: further attributes.
 
     Raises:
       ValueError: if `about` has a name that is taken, or it or a network's config has what JSON does not hold.

@@ -53,7 +53,7 @@ def pack(identity: str, cells: Hyperparams, arrays: Mapping[str, np.ndarray], *,
 
 
 def _cell(name):
-    """What a hyperparameter is called there; no variable has a "/"."""
+    """The name of a hyperparameter there; no variable has a "/"."""
     return f"cell {name}" if name in RANGES else f"cell/{name}"
 
 
@@ -122,7 +122,7 @@ def standing(files: Files, history: Mapping[str, Layout | Damaged]) -> tuple[str
 
 
 class Store:
-    """What one run writes to, under `files.writing`. Made by `begin`, or from its `key` in other processes."""
+    """One run's place to write to, under `files.writing`. Made by `begin`, or from its `key` in other processes."""
 
     def __init__(self, files: Files, key: str):
         self.files, self.key, self._record = files, key, files.get(key)
@@ -196,7 +196,7 @@ class Store:
         return key
 
     def finished(self) -> bool:
-        """Whether all is done. Then what it has overwritten, or needs no more, is removed."""
+        """True if all is done. Then everything overwritten, or needed no more, is removed."""
         self._check()
         history = _history(self.files)
         if not self.done.all() or history[-1:] != [self.key] or self.files.get(self.key) != self._record:
@@ -306,7 +306,7 @@ def _history(files):
 
 
 def _continued(stored, asked, allow_changed) -> tuple[Layout | None, str]:
-    """What goes on from the stored record, the record itself if it says all; or None, and why nothing does."""
+    """The layout that goes on from the stored record, the record itself if it says all; or None, and the reason."""
     bases = asked((), False).bases
     called, there = {}, []  # {name there: name now}, and the identities now at the widths there
     for name, (own, *_) in stored.models.items():
@@ -389,7 +389,7 @@ def _snapshot(files):
 
 
 class Status(NamedTuple):
-    """What of a sweep's results is done; prints as lines."""
+    """The part of a sweep's results that is done; prints as lines."""
 
     path: str
     cells: Mapping[str, tuple[int, int]]  # model: (done, all)
@@ -406,7 +406,7 @@ class Status(NamedTuple):
 
 
 def status(path: PathLike) -> Status:
-    """What of a sweep's results is done, without training or loading any data; of the newest, where one overwrites.
+    """Reports how much of a sweep's results is done, without loading data; of the newest, where one overwrites.
 
     Raises:
       ValueError: if there are none, or the record is damaged.

@@ -41,7 +41,7 @@ _SMALLEST_RHO = 1e-7  # stands for the limit of spread / rho^2 at 0, where it ha
 
 
 class Signal(NamedTuple):
-    """What a batch-normalized layer sees, and what it does to the gradient. Numbers, or one per layer."""
+    """The input of a batch-normalized layer, and its effect on the gradient. Numbers, or one per layer."""
 
     variance: float | np.ndarray  # V, of a pre-activation over the samples of the batch
     normalized_variance: float | np.ndarray  # of BN's output before scale and bias: 1 at epsilon 0

@@ -150,7 +150,7 @@ def products(w: Workload, cells: int, steps: int, seconds: float) -> Ready:
     return repeated(products_at(w, max(1, steps // best), best), seconds, width=best)
 
 
-# What others write
+# The code that others write
 
 
 def training_step(apply: Callable, optimizer: optax.GradientTransformation) -> Callable:
@@ -264,7 +264,7 @@ def jax_loop(w: Workload, cells: int, steps: int, seconds: float) -> Ready:
     return repeated(run, seconds)
 
 
-# What a sweep is made of: each part beside those before it
+# The parts of a sweep, each beside those before it
 
 
 def part(w: Workload, cells: int, steps: int, seconds: float, *, name: str, width: int) -> Ready:

@@ -98,7 +98,7 @@ def measure(rows: list[Case], names: list[str]) -> Results:
 
 
 def count(headings: dict[str, str], results: Results, caption: str = "") -> Table:
-    """How many rows each implementation passes; by its heading."""
+    """The number of rows that each implementation passes; by its heading."""
     lines = []
     for name, heading in headings.items():
         found = [result.status for (of, _), result in results.items() if of == name]

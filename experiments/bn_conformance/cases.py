@@ -108,7 +108,7 @@ PLAIN = {"use_scale": False, "use_bias": False}
 STORED = {"before": (3, 4)}  # the running mean and variance of each feature
 
 
-# What is measured.
+# Measurements.
 
 
 def make(name, x, **options) -> Layer:
@@ -267,7 +267,7 @@ def no_information(name, x, **options) -> float:
 
 
 def confined(name, value) -> float:
-    """How far `value` somewhere in feature 1 moves output, derivatives and statistics of features 0 and 2."""
+    """The largest change of features 0 and 2, derivatives and statistics too, by `value` somewhere in feature 1."""
     clean, bad = draw((64, 3)), draw((64, 3))
     bad[3, 1] = value
     with np.errstate(invalid="ignore"):

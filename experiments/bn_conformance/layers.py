@@ -81,7 +81,7 @@ class Implementation(NamedTuple):
 
 
 def find(implementation: Implementation) -> tuple[bool, str]:
-    """Whether it can be used here, and its version, or why not."""
+    """(True, its version) if it can be used here, or else (False, the reason)."""
     if implementation.module == "bnjax":
         return True, bnjax.__version__
     os.environ["KERAS_BACKEND"] = "jax"  # read when it is imported

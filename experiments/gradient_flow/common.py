@@ -82,7 +82,7 @@ def model(settings: Settings, activation: str, norm: str, depth: int) -> bnjax.M
 
 
 def measure(settings: Settings, ds: bnjax.Dataset, scales: Sequence[float], program: Callable) -> xr.Dataset:
-    """What a program says of all networks at these scales; NaN where a network has no such layer.
+    """The values of a program for all networks at these scales; NaN where a network has no such layer.
 
     Args:
       settings: the networks.

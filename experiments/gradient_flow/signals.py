@@ -67,7 +67,7 @@ def jacobians(settings: Settings, ds: bnjax.Dataset) -> dict[str, tuple]:
 
 
 def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
-    """How much the spread of a layer's activations changes with the scale."""
+    """The change of the spread of a layer's activations with the scale."""
     checks = []
     for activation, norm in itertools.product(settings.activations, settings.norms):
         spread = results.shown_activation_spread.sel(activation=activation, norm=norm)

@@ -52,7 +52,7 @@ def theory(norm: str, quantity: str, depth: int) -> list[int]:
 
 
 def has_law(settings: Settings, activation: str, norm: str) -> bool:
-    """Whether `theory` holds: with BN outputs stay, whatever the loss; without, it must be linear in them."""
+    """True if `theory` holds: with BN outputs stay, whatever the loss; without, it must be linear in them."""
     return norm == "batch" or (activation in HOMOGENEOUS and settings.loss == "cotangent")
 
 

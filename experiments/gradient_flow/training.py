@@ -33,7 +33,7 @@ def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
 
 
 def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
-    """How far the first layer turns with BN, by its size at the start."""
+    """The angle by which the first layer turns with BN, by its size at the start."""
     if "batch" not in settings.norms:
         return []
     angle, scales = results.angle.isel(probe_step=-1).sel(model="batch", layer="hidden_0"), results.init_scale.values

@@ -93,7 +93,7 @@ NAMED_FLAGS = ("train_examples", "standardize", "epsilon", "scaled_layers", "wei
 
 
 class Job(NamedTuple):
-    """What the flags ask for, checked: all that `bnjax.sweep` needs."""
+    """The flags' request, checked: all that `bnjax.sweep` needs."""
 
     models: dict[str, bnjax.Model]
     ds: bnjax.Dataset
@@ -217,7 +217,7 @@ def networks() -> tuple[dict[str, bnjax.Model], dict[str, str]]:
 
 
 def title() -> str:
-    """What tells the figures of this run from those of others: data, networks, training."""
+    """The title that tells the figures of this run from those of others: data, networks, training."""
     rates = sorted(common.parse_floats("learning_rates", FLAGS.learning_rates))
     rate = f"{rates[0]:.3g}"
     if len(rates) > 1:

@@ -55,7 +55,7 @@ def measure(settings: common.Wide, ds: bnjax.Dataset | None) -> xr.Dataset:
 
 
 def judge(results: xr.Dataset, settings: common.Wide) -> list[Finding]:
-    """How far the networks are from the theory."""
+    """The distance of the networks from the theory."""
     claim = "Without batch normalization the squared gradient of wide networks grows by chi_1 per layer."
     return [common.agreement(claim, results.z)]
 

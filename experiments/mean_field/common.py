@@ -1,4 +1,4 @@
-"""What the parts share: gradients of many networks, and what their means say about networks of infinite width."""
+"""Shared by the claims: gradients of many networks, and what their means say about networks of infinite width."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

@@ -21,7 +21,7 @@ KINKED = ("relu", "leaky_relu")  # their derivative jumps at 0
 
 
 def representable(value: float, a: float = 1.0) -> bool:
-    """Whether `a^2 value` is 0 or a normal float32 number; what is smaller, XLA takes for 0."""
+    """True if `a^2 value` is 0 or a normal float32 number; what is smaller, XLA takes for 0."""
     limits = np.finfo(np.float32)
     return value == 0 or float(limits.tiny) <= value * a * a <= float(limits.max)
 

@@ -1,4 +1,4 @@
-"""What does W -> a W change at a fixed epsilon, and what predicts it?"""
+"""The changes by W -> a W at a fixed epsilon, and their prediction."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -46,7 +46,7 @@ def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
 
 
 def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
-    """How many deviations there are, and how many are not 0; where the first of them is."""
+    """The number of deviations, and of those that are not 0; the place of the first of them."""
     wrong = {name: (results[name] != 0) & results[name].notnull() for name in EXACT}
     notes = []
     for name, one in wrong.items():

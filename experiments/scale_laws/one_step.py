@@ -15,7 +15,7 @@ LAWS = ["outputs", "gradient to the layer's input", "a x gradient to W", "gradie
 
 
 def scaled_sets(hidden: Sequence[str]) -> dict[str, list[str]]:
-    """What is scaled: each hidden layer alone, and all."""
+    """The layers to scale: each hidden layer alone, and all."""
     return {name: [name] for name in hidden} | ({"all": [*hidden]} if len(hidden) > 1 else {})
 
 
@@ -55,7 +55,7 @@ def law_deviations(found: Derivatives, expected: Derivatives, names: Sequence[st
 
 
 def crossings(found: Derivatives, expected: Derivatives) -> int:
-    """How many activations are above 0 in one and not in the other: samples on two sides of a kink."""
+    """The number of activations above 0 in one and not in the other: samples on two sides of a kink."""
     both = {name: (found.intermediates[name], other) for name, other in expected.intermediates.items()}
     return sum(int(((a > 0) != (b > 0)).sum()) for name, (a, b) in both.items() if name.endswith("/activation"))
 

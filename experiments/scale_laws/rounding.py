@@ -1,4 +1,4 @@
-"""How far off are the laws for factors that are rounded, and how does that grow over training?"""
+"""The deviation from the laws for factors that are rounded, and its growth over training."""
 
 import itertools
 from functools import partial
@@ -52,7 +52,7 @@ def measure(settings: Settings, ds: bnjax.Dataset | None) -> xr.Dataset:
 
 
 def growth(deviations: xr.DataArray, crossed: xr.DataArray) -> xr.Dataset:
-    """How deviations grow while they are below 1e-2 and no sample has crossed a kink, and where one does first.
+    """The growth of deviations while they are below 1e-2 and no sample has crossed a kink, and where one does first.
 
     Args:
       deviations: [factor, step].

@@ -21,7 +21,7 @@ MOMENTUM = 0.9  # the optimizer's
 
 
 class Hyper(NamedTuple):
-    """What a trajectory is trained with; traced, so that all run in one program."""
+    """The hyperparameters of a trajectory; traced, so that all run in one program."""
 
     learning_rate: jax.Array | float
     momentum: jax.Array | float

@@ -1,4 +1,4 @@
-"""What the controls share: settings, networks and runs, and what their judges have in common."""
+"""Shared by the controls: settings, networks and runs, and parts of their judges."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ class Settings:
 
     @property
     def network(self) -> dict[str, Any]:
-        """What `bnjax.mlp` is given."""
+        """The arguments of `bnjax.mlp`."""
         return {"features": (self.hidden_width,) * self.layers, "num_outputs": 10, "epsilon": self.epsilon}
 
     @property
@@ -137,7 +137,7 @@ def first_steps(
     return xr.Dataset({name: (dims, value) for name, value in found.items()}, coords)
 
 
-# What the judges have in common
+# Shared by the judges
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""How deep does a network still train, in units of the mean-field depth scale?"""
+"""The depth to which a network still trains, in units of the mean-field depth scale."""
 
 import dataclasses
 import math
@@ -131,7 +131,7 @@ def deepest(accuracy: xr.DataArray) -> xr.DataArray:
 
 
 def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
-    """How deep, in units of the mean-field depth scale; and that scale against the measured growth."""
+    """The depth, in units of the mean-field depth scale; and that scale against the measured growth."""
     accuracy = final(results).train_accuracy
     best = accuracy.isel(learning_rate=accuracy.median("seed").fillna(0).argmax("learning_rate"))
     found = []
@@ -180,7 +180,7 @@ def figure(results: xr.Dataset, settings: Settings) -> plots.Figure:
         marks = {f"{k} depth scales": k * scale for k in (2, 6, 12)} if math.isfinite(scale) else {}
         layout = {"xlabel": "number of hidden layers", "xscale": "linear", "marks": marks, "levels": {"chance": 10}}
         shown.append(plots.Panel(str(variant), "final training accuracy (%)", series, **layout))
-    return plots.panels(shown, title="How deep BN networks still train")
+    return plots.panels(shown, title="Training by depth, with BN")
 
 
 CLAIM = Claim(

@@ -98,7 +98,7 @@ def figure(results: xr.Dataset, settings: Settings) -> plots.Figure:
             one = 100 * results[list(KINDS)].sel(model=name, probe_step=step)
             series = {label: one[kind] for kind, label in KINDS.items()}
             shown.append(plots.Panel(f"{name}, {step} steps", "test accuracy (%)", series, levels={"chance": 10}))
-    return plots.panels(shown, title="Which statistics evaluation uses", columns=2)
+    return plots.panels(shown, title="Evaluation by running, batch and recomputed statistics", columns=2)
 
 
 CLAIM = Claim(

@@ -121,7 +121,7 @@ def figure(results: xr.Dataset, settings: Settings) -> plots.Figure:
         shown.append(plots.Panel(TITLES[task], "final test accuracy (%)", series, levels=level))
     angle = results.angle.sel(model="trained", task="xor").isel(probe_step=-1)
     series = {str(layer): angle.sel(layer=layer) for layer in angle.layer.values}
-    shown.append(plots.Panel("How far weights turned (XOR)", "angle to the start (degrees)", series))
+    shown.append(plots.Panel("Turn of the weights (XOR)", "angle to the start (degrees)", series))
     return plots.panels(shown, title="Features or a readout on random features?")
 
 

@@ -1,4 +1,4 @@
-"""How do weights' lengths change, what does that do to their learning rate, and what does weight decay do?"""
+"""The change of weights' lengths, its effect on their learning rate, and the effect of weight decay."""
 
 import dataclasses
 import math
@@ -116,7 +116,7 @@ def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
 
 
 def judge_rates_of_weights(results: xr.Dataset) -> Finding:
-    """How far the effective learning rate forgets the init scale, without weight decay."""
+    """The extent to which the effective learning rate forgets the init scale, without weight decay."""
     effective = np.log10(hidden(results.effective_learning_rate).sel(weight_decay=0)).median("layer")
     scales = results.init_scale.values
 

@@ -128,7 +128,7 @@ def figure(results: xr.Dataset, settings: Settings) -> plots.Figure:
         100 * accuracy.median("seed"),
         "final test accuracy (%), median over seeds",
         level=100 * level,
-        title=f"Which learning rates train (dots: {number(level, '%')} test accuracy or more)",
+        title=f"Learning rates that train (dots: {number(level, '%')} test accuracy or more)",
     )
 
 
