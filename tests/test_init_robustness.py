@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +47,19 @@ def main(data_dir, tmp_path):
         )
 
     return call
+
+
+@pytest.fixture(scope="module")
+def one_network(data_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("one_network") / "out"
+    scripts.run("init_robustness.__main__", **(TINY | ONE_NETWORK | {"data_dir": data_dir, "out": str(out)}))
+    return out
+
+
+@pytest.fixture
+def trained(one_network, tmp_path):
+    """The output folder, with the results of one network."""
+    return shutil.copytree(one_network, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -181,8 +195,7 @@ def test_report_of_several_learning_rates(flagged, tmp_path, capsys):
     assert "plan:     BN; BN, hidden frozen: width 8 on 2 devices\nplan:     no BN: width 16 on 2 devices\n" in out
 
 
-def test_other_results_are_refused_unless_they_may_be_replaced(main, tmp_path):
-    main(**ONE_NETWORK)
+def test_other_results_are_refused_unless_they_may_be_replaced(main, trained, tmp_path):
     with pytest.raises(SystemExit, match=r"holds other results: config\.steps: 15 there, 16 asked for; "):
         main(**ONE_NETWORK, steps=16)
     assert bnjax.load_results(tmp_path / "out" / "results.zarr").attrs["config"]["steps"] == 15
@@ -207,8 +220,7 @@ def test_what_others_made_is_not_replaced(main, tmp_path, attributes, origin):
     xr.testing.assert_identical(bnjax.load_results(tmp_path / "out" / "results.zarr"), saved)
 
 
-def test_a_figure_of_others_stays(main, tmp_path, capsys):
-    main(**ONE_NETWORK)
+def test_a_figure_of_others_stays(main, trained, tmp_path, capsys):
     picture = tmp_path / "out" / "accuracy.png"
     main(**ONE_NETWORK)  # its own is replaced
     assert [path.name for path in (tmp_path / "out").glob("*.png")] == [picture.name]
@@ -295,8 +307,7 @@ def test_output_folder_with_other_files_is_not_touched(main, tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_results_are_named_and_trained_again(main, tmp_path, caplog):
-    main(**ONE_NETWORK)
+def test_damaged_results_are_named_and_trained_again(main, trained, tmp_path, caplog):
     path = tmp_path / "out" / "results.zarr"
     whole = bnjax.load_results(path)
     (part,) = (path / "bnjax" / "parts").iterdir()
@@ -308,10 +319,12 @@ def test_damaged_results_are_named_and_trained_again(main, tmp_path, caplog):
     assert bnjax.load_results(path).identical(whole)
 
 
-def test_status(main, tmp_path, capsys):
+def test_status_of_nothing(main):
     with pytest.raises(SystemExit, match="holds no results of a sweep"):
         main(status=True)
-    main(**ONE_NETWORK)
+
+
+def test_status(main, trained, capsys):
     capsys.readouterr()
     main(status=True)
     out = capsys.readouterr().out
