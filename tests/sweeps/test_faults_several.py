@@ -255,10 +255,10 @@ def test_signals_to_the_main_experiment(tmp_path):
     """In calls of the compiled program that take most of a second: each ends it within 10 s, and it goes on."""
     path, other = (tmp_path / name / "results.zarr" for name in ("out", "undisturbed"))
     given = TRAINING | {"data_dir": tmp_path / "data"}
-    flags = [f"--{name}={value}" for name, value in (given | {"out": path.parent}).items()]
-    command = [sys.executable, "-m", "experiments.init_robustness", *flags]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    start = functools.partial(subprocess.Popen, command, cwd=ROOT, text=True, **pipes)
+    command = [sys.executable, "-m", "experiments.init_robustness"]
+    command += [f"--{name}={value}" for name, value in given.items()]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "env": os.environ | {"XLA_FLAGS": ""}}
+    start = functools.partial(subprocess.Popen, [*command, f"--out={path.parent}"], cwd=ROOT, text=True, **options)
     draw, ends = random.Random(0), {"SIGTERM": 143, "SIGINT": 130, "SIGINT SIGINT": 130}
     for signals, status in ends.items():
         before, process = names(path, store.STATES), start()
@@ -280,7 +280,7 @@ def test_signals_to_the_main_experiment(tmp_path):
         assert (process.returncode, "interrupted" in said, "Traceback" in said) == (status, True, False)
     with start() as last:
         assert last.wait() == 0
-    scripts.run("init_robustness.__main__", **given | {"out": other.parent})
+    subprocess.run([*command, f"--out={other.parent}"], cwd=ROOT, check=True, **options)
     found = [bnjax.load_results(place).drop_attrs(deep=False) for place in (path, other)]
     xr.testing.assert_identical(*found)
 
