@@ -4,6 +4,7 @@ A claim's file has its settings (a frozen dataclass, checked in `__post_init__`)
 module runs a list of them: it checks everything first, then measures, stores, judges and draws one after the other.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -131,6 +132,8 @@ def run(name: str, jobs: Sequence[tuple[Claim, Any]], ds: bnjax.Dataset | None, 
         try:
             results = one.measure(values, ds)
             common.save(results.assign_attrs(claim=one.name), folder / f"{one.name}.zarr", name)
+            if report.pop(one.name, None):  # of the results that these replace
+                _save_report(name, report, start, folder)
             found, shown = one.judge(results, values), one.tables(results, values)
             figure = one.figure(results, values)
             if figure is not None:
@@ -171,13 +174,17 @@ def run(name: str, jobs: Sequence[tuple[Claim, Any]], ds: bnjax.Dataset | None, 
 
 
 def _earlier(name, folder) -> dict[str, Any]:
-    """The script's earlier report on its claims, each with the command and the versions that it was made with."""
+    """The script's earlier report on its claims, each with the command and the versions that it was made with.
+
+    Empty if there is none, or if it is damaged.
+    """
     path = folder / f"{name}.json"
-    if common.maker(path) != name:
-        return {}
-    old = json.loads(path.read_text())
-    made = {"made": {"command": old["command"], "versions": old["versions"]}}
-    return {claim: made | one for claim, one in old["claims"].items()}
+    with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+        if common.maker(path) == name:
+            old = json.loads(path.read_text())
+            made = {"made": {"command": old["command"], "versions": old["versions"]}}
+            return {claim: made | one for claim, one in old["claims"].items()}
+    return {}
 
 
 def _save_report(name, report, start, folder) -> Path:

@@ -171,6 +171,39 @@ def test_one_that_must_hold(script):
     assert script(claim("a", measured=3.0))["a"]["findings"][0]["verdict"] == "not supported"
 
 
+def test_the_report_keeps_the_other_claims(script):
+    """With the command and the versions of their own run."""
+    script(claim("a"), claim("b"), seeds="0:3")
+    found = script(claim("a", measured=3.0), claim("b"), claims="a")
+    assert found["a"]["findings"][0]["verdict"] == "not supported"
+    assert "made" not in found["a"]
+    assert "--seeds=0:3" in found["b"]["made"]["command"]
+    assert "jax" in found["b"]["made"]["versions"]
+    assert len(found["b"]["settings"]["seeds"]) == 3
+    with pytest.raises(SystemExit, match="error: a ended in an error: no luck"):
+        script(claim("a", measured=None), claim("b"), claims="a")
+    assert script.report() == found  # what was measured before stands
+
+
+def test_results_that_cannot_be_judged_are_stored_without_a_verdict(script):
+    script(claim("a"), claim("b"))
+
+    def judge(results, values):
+        raise ArithmeticError("no verdict")
+
+    with pytest.raises(SystemExit, match="error: a ended in an error: no verdict"):
+        script(dataclasses.replace(claim("a", measured=3.0), judge=judge), claim("b"), claims="a")
+    assert bnjax.load_results(script.out / "a.zarr").value.values.tolist() == [3.0, 3.0]
+    assert list(script.report()) == ["b"]
+
+
+@pytest.mark.parametrize("rest", ["", ', "claims": {"a"', "}", ', "versions": {}, "claims": [1]}'])
+def test_a_damaged_report_is_replaced(script, rest):
+    script.out.mkdir()
+    (script.out / "papers.json").write_text('{"command": "python -m experiments.papers"' + rest)
+    assert list(script(claim("a"))) == ["a"]
+
+
 def test_results_of_others_stay(script):
     script.out.mkdir()
     (script.out / "papers.json").write_text('{"command": "python -m experiments.other"}')
