@@ -35,6 +35,8 @@ ACTIVATIONS = MappingProxyType(
     }
 )
 
+HOMOGENEOUS = ("relu", "leaky_relu", "linear")  # phi(a z) = a phi(z) for a > 0
+
 ALIASES = MappingProxyType({"swish": "silu", "identity": "linear", "logistic": "sigmoid"})  # others' names
 
 

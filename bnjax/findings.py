@@ -108,8 +108,8 @@ class Check:
         count = len(values)
         if self.holds == "median":
             below = np.cumsum([math.comb(count, i) / 2**count for i in range(count)])  # the median is that far down
-            left_out = int((below <= 0.025).sum())
-            values = values[max(left_out - 1, 0) : count - max(left_out - 1, 0)]
+            left_out = max(int((below <= 0.025).sum()) - 1, 0)  # at each end
+            values = values[left_out : count - left_out]
         elif self.holds == "interval" and count > 1:
             draws = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
             values = np.quantile(values[draws].mean(1), (0.025, 0.975), method="nearest")

@@ -68,11 +68,11 @@ def mlp(
         raise ValueError(f"features must be positive widths, got {features}")
     if num_outputs < 1:
         raise ValueError(f"num_outputs must be at least 1, got {num_outputs}")
-    if jnp.shape(epsilon) not in ((), (len(features),)):
-        raise ValueError(
-            f"epsilon must be one number or one for each of {len(features)} hidden layers, got shape {epsilon.shape}"
-        )
-    epsilons = list(epsilon) if jnp.ndim(epsilon) else [epsilon] * len(features)
+    shape = jnp.shape(epsilon)
+    if shape not in ((), (len(features),)):
+        words = f"one number or one for each of {len(features)} hidden layers"
+        raise ValueError(f"epsilon must be {words}, got shape {shape}")
+    epsilons = list(epsilon) if shape else [epsilon] * len(features)
     for one in epsilons:
         batch_norm.check_epsilon(one)
     batch_norm.check_detach(detach)
@@ -159,7 +159,7 @@ def mlp(
         "norm_position": norm_position,
         "initializer": initializer,
         "epsilon": [e if isinstance(e, jax.core.Tracer) else float(e) for e in epsilons]
-        if jnp.ndim(epsilon)
+        if shape
         else epsilon,
         "momentum": momentum,
         "scaled_layers": scaled_layers,

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 import bnjax
-from bnjax import plots
+from bnjax import activations, plots
 from bnjax.findings import Check, Finding, number
 from bnjax.theory.mean_field import gradient_growth, init_scale_threshold
 from experiments.claim import Claim
@@ -19,7 +19,6 @@ from experiments.table import Table
 
 # The gradient is that to W, to W x, to BN(W x) and to phi(...).
 LABELS = {"weight": "W", "preactivation": "W x", "norm": "BN(W x)", "activation": "phi(...)"}
-HOMOGENEOUS = ("relu", "leaky_relu", "linear")  # phi(a z) = a phi(z)
 SATURATING = ("tanh", "sigmoid")
 SMALL, MIDDLE, LARGE = 1e-2, 3, 1e2  # slopes without BN are up to SMALL, and from MIDDLE to LARGE
 TOP = 1e14  # of the figure; its foot is 1 / TOP
@@ -53,7 +52,7 @@ def theory(norm: str, quantity: str, depth: int) -> list[int]:
 
 def has_law(settings: Settings, activation: str, norm: str) -> bool:
     """True if `theory` holds: with BN outputs stay, whatever the loss; without, it must be linear in them."""
-    return norm == "batch" or (activation in HOMOGENEOUS and settings.loss == "cotangent")
+    return norm == "batch" or (activation in activations.HOMOGENEOUS and settings.loss == "cotangent")
 
 
 def in_range(results: xr.Dataset, activation: str, norm: str, depth: int) -> xr.Dataset:

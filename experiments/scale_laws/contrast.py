@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 import bnjax
+from bnjax import activations
 from bnjax.findings import Check, Finding
 from experiments.scale_laws import common, networks
 from experiments.scale_laws.common import Settings
@@ -17,7 +18,6 @@ from experiments.table import Table
 NORMS = {"batch": "with BN", "none": "without BN"}
 POWERS = ["outputs", "gradient to its input", "gradient to its W", "gradients to the other W"]
 POWERS += ["gradients to all W, all scaled"]
-HOMOGENEOUS = ("relu", "leaky_relu", "linear")
 
 
 def cosines(run, p: Problem) -> list[float]:
@@ -86,7 +86,7 @@ def judge(results: xr.Dataset, settings: Settings) -> list[Finding]:
     at = results.sel(activation=name)
     powers, cosine = at.power.sel(grows=POWERS[-1]), np.abs(at.cosine)
     # phi(a x) = a phi(x): each of the other layers multiplies the gradient to W by a.
-    bound = {"within": (others - 1e-3, others + 1e-3)} if name in HOMOGENEOUS else {}
+    bound = {"within": (others - 1e-3, others + 1e-3)} if name in activations.HOMOGENEOUS else {}
     grows = [Check("p with BN", powers.sel(norm="batch").values, within=(-1.001, -0.999), holds="all")]
     grows.append(Check("p without BN", powers.sel(norm="none").values, **bound, holds="all"))
     inner = [Check("|<W, dL/dW>| / |W| |dL/dW| with BN", cosine.sel(norm="batch").values, below=1e-6, holds="all")]
