@@ -158,9 +158,7 @@ def mlp(
         "norm": norm,
         "norm_position": norm_position,
         "initializer": initializer,
-        "epsilon": [e if isinstance(e, jax.core.Tracer) else float(e) for e in epsilons]
-        if shape
-        else epsilon,
+        "epsilon": [e if isinstance(e, jax.core.Tracer) else float(e) for e in epsilons] if shape else epsilon,
         "momentum": momentum,
         "scaled_layers": scaled_layers,
         "freeze_hidden": freeze_hidden,
