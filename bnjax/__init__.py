@@ -1,15 +1,16 @@
 """bnjax: what batch normalization does to initialization."""
 
-from bnjax import activations, batch_norm, data, initializers, jacobian, probes, theory
+from bnjax import activations, batch_norm, data, initializers, jacobian, models, norms, probes, theory
 from bnjax.analysis.robustness import robustness
 from bnjax.export import save as save_results
 from bnjax.models.mlp import mlp
 from bnjax.networks import as_model, describe
+from bnjax.statistics import recompute_statistics
 from bnjax.sweeps.run import sweep
 from bnjax.sweeps.store import load as load_results
 from bnjax.sweeps.store import status
 from bnjax.training import TrainConfig, make_train
-from bnjax.types import BatchNormParams, BatchStats, Dataset, History, Hyperparams, Model, Probe, Snapshot
+from bnjax.types import BatchNormParams, BatchStats, Dataset, History, Hyperparams, Model, Norm, Probe, Snapshot
 from bnjax.version import __version__
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "History",
     "Hyperparams",
     "Model",
+    "Norm",
     "Probe",
     "Snapshot",
     "TrainConfig",
@@ -33,7 +35,10 @@ __all__ = [
     "load_results",
     "make_train",
     "mlp",
+    "models",
+    "norms",
     "probes",
+    "recompute_statistics",
     "robustness",
     "save_results",
     "status",

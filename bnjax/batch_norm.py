@@ -259,7 +259,7 @@ def _statistics(x, epsilon, mask, reduced, axis_name) -> _Standardized:
     magnitude = mean_of(jnp.abs(x))
     if axis_name is not None:
         magnitude = lax.pmax(magnitude, axis_name)
-    unit = _power_of_two(jnp.maximum(magnitude, jnp.sqrt(epsilon)))
+    unit = power_of_two(jnp.maximum(magnitude, jnp.sqrt(epsilon)))
     per_unit = 1 / unit  # exact
 
     # Second pass.
@@ -407,7 +407,7 @@ def _one_sample(x, mask, reduced):
     return lax.slice(x, (0,) * x.ndim, _ones_at(x, reduced))
 
 
-def _power_of_two(magnitude):
+def power_of_two(magnitude):
     """The largest power of two that is at most `magnitude`, exactly, and its inverse a normal number."""
     info = jnp.finfo(magnitude.dtype)
     integers = jnp.dtype(f"int{info.bits}")

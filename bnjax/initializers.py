@@ -13,6 +13,12 @@ that a whole grid of scales runs in one compiled program, and one key gives the 
 | `he_uniform`, `he_normal` | sqrt(2 / fan_in) | He et al. 2015 |
 | `lecun_normal` | sqrt(1 / fan_in) | LeCun et al. 1998 |
 | `orthogonal` | orthonormal rows or columns: sqrt(1 / max(fan_in, fan_out)) | Saxe et al. 2014 |
+| `torch_default` | sqrt(1 / (3 fan_in)): U(-a, a), a = sqrt(1 / fan_in) | PyTorch's layers |
+| `lsuv` | that of `orthogonal`, until the first batch sets another | Mishkin & Matas 2016 |
+
+PyTorch draws biases from that interval, too; here they start at 0. With `lsuv` each kernel is divided, before the first
+step, by the deviation of what its layer gives for the first batch, over batch and units (`Model.prepare`): `init_scale`
+then has no effect.
 
 The `_normal` ones but `random_normal` are truncated at two standard deviations, as jax.nn's are.
 """
@@ -61,6 +67,10 @@ def _orthogonal(key, shape, dtype):
     return draw(key)
 
 
+def _torch_default(key, shape, dtype):
+    return jax_initializers.variance_scaling(1 / 3, "fan_in", "uniform")(key, shape, dtype)
+
+
 random_normal = _scaled(jax_initializers.normal(1.0))
 uniform = _scaled(_centred_uniform)
 glorot_uniform = _scaled(jax_initializers.glorot_uniform())
@@ -69,6 +79,7 @@ he_uniform = _scaled(jax_initializers.he_uniform())
 he_normal = _scaled(jax_initializers.he_normal())
 lecun_normal = _scaled(jax_initializers.lecun_normal())
 orthogonal = _scaled(_orthogonal)
+torch_default = _scaled(_torch_default)
 
 INITIALIZERS = MappingProxyType(
     {
@@ -80,8 +91,11 @@ INITIALIZERS = MappingProxyType(
         "lecun_normal": lecun_normal,
         "orthogonal": orthogonal,
         "uniform": uniform,
+        "torch_default": torch_default,
+        "lsuv": orthogonal,
     }
 )
+PREPARED = ("lsuv",)  # whose kernels the first batch rescales
 
 
 def get(name: str) -> Initializer:

@@ -3,9 +3,10 @@
     train = make_train(model, config)       # config: what changes the compiled program
     history = train(hyper, ds)              # hyper: scalars that may be traced; ds: arrays
 
-`train` draws the initialization, takes `config.steps` optimizer steps on mini-batches in the order of a
-new shuffle each epoch (an incomplete last batch is dropped), and evaluates on the whole test split every
-`config.eval_every` steps, with running statistics. It has no side effects: jit it, vmap it over `hyper`.
+`train` draws the initialization (which `Model.prepare` may change by the first batch), takes `config.steps` optimizer
+steps on mini-batches in the order of a new shuffle each epoch (an incomplete last batch is dropped), and evaluates on
+the whole test split every `config.eval_every` steps, with running statistics. It has no side effects: jit it, vmap it
+over `hyper`.
 
 A run diverges at the first step whose loss is not finite, or after the number of steps at which its test loss is not.
 From there its losses are infinite and its accuracies those of guessing, 1/K, so that medians over runs need no special
@@ -172,6 +173,8 @@ def make_run(
     own_apply = model.apply
     if jax.default_backend() == "cpu":
         model = model._replace(apply=convolution.on_cpu(own_apply))
+        if model.prepare is not None:
+            model = model._replace(prepare=convolution.on_cpu(model.prepare))
     num_evaluations = len(config.eval_steps)
     every = config.eval_every or config.steps
 
@@ -198,6 +201,9 @@ def make_run(
         hyper = _as_32_bit(hyper)
         network = bound(model, hyper.extra)
         drawn = network.init(jax.random.key(hyper.seed), ds.train_x.shape[1:], hyper.init_scale)
+        if network.prepare is not None:
+            order = _order_of(jax.random.key(config.data_seed), 0, len(ds.train_x))
+            drawn = network.prepare(*drawn, jnp.asarray(ds.train_x)[order[: config.batch_size]])
         opt_state = optimizer_of(hyper, *drawn, ds).init(drawn[0])
         num_classes = jax.eval_shape(_outputs(network, drawn), ds.test_x[:1]).shape[-1]
         guess = 1 / num_classes if jnp.issubdtype(ds.train_y.dtype, jnp.integer) else jnp.nan
@@ -227,7 +233,7 @@ def make_run(
         data_key = jax.random.key(config.data_seed)
 
         def order_of(epoch):
-            return jax.random.permutation(jax.random.fold_in(data_key, epoch), num_train)
+            return _order_of(data_key, epoch, num_train)
 
         def mini_batch(order, step):
             position = step % steps_per_epoch
@@ -304,6 +310,11 @@ def make_run(
         return jax.lax.while_loop(lambda carry: carry[0] < until, stretch, begin)[1]
 
     return start, advance
+
+
+def _order_of(data_key, epoch, num_train):
+    """The order of the training examples in that epoch."""
+    return jax.random.permutation(jax.random.fold_in(data_key, epoch), num_train)
 
 
 def _row_if(due, function, like):
@@ -392,6 +403,12 @@ def check(model: Model, ds: Dataset, config: TrainConfig, extra: Mapping[str, An
 
     if extra:
         jax.eval_shape(train_mode)
+    if model.prepare is not None:
+        x = jax.ShapeDtypeStruct((config.batch_size, *train), ds.train_x.dtype)
+        drawn = jax.eval_shape(lambda: model.init(jax.random.key(0), train, 1.0))
+        prepared = jax.eval_shape(model.prepare, *drawn, x)
+        if jax.tree.map(jnp.shape, prepared) != jax.tree.map(jnp.shape, drawn):
+            raise ValueError(f"prepare must return arrays as init does; got {prepared} for {drawn}")
     outputs, params = jax.eval_shape(outputs_of, jax.ShapeDtypeStruct((2, *train), ds.train_x.dtype))
     shape = getattr(outputs, "shape", None)
     if shape is None or len(shape) != 2 or shape[0] != 2 or not jnp.issubdtype(outputs.dtype, jnp.floating):

@@ -71,10 +71,34 @@ class Model(NamedTuple):
     apply: ApplyFn
     layers: LayersFn | None = None
     config: Mapping[str, Any] = {}
+    prepare: Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]] | None = None
+    """(params, batch_stats, x) -> (params, batch_stats), once, before the first step, with the first batch."""
 
     def __repr__(self) -> str:
         """In its own words."""
         return f"Model({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
+
+
+class Norm(NamedTuple):
+    """A normalization as a value (`bnjax.norms`). It acts on activations (`apply`), kernels (`kernel`) or on neither.
+
+    init: (shape of a kernel [..., fan_in, C]) -> (params, stats). Of norms of activations only C counts.
+    apply: (params, stats, x, *, train, mask=None) -> (y, stats), x and y [N, ..., C]; the structure, shapes and types
+        of `stats` stay. mask, [N, ..., 1] or what broadcasts to it: True for valid positions.
+    kernel: (params, kernel) -> the kernel by which the layer multiplies.
+    prepare: of a norm of kernels: (params, stats, x) -> (params, stats), once, before the first step; x [N, ..., C] is
+        what the layer gives for the first batch, without its bias, which then starts at minus its mean.
+    growth: (activation, num_features, batch_size) -> the growth per layer of the squared gradient norm
+        (`bnjax.theory.mean_field.gradient_growth`).
+    config: the norm in words, as JSON holds them; "norm" is its name.
+    """
+
+    init: Callable[[tuple[int, ...]], tuple[PyTree, PyTree]]
+    apply: Callable[..., tuple[jax.Array, PyTree]] | None = None
+    kernel: Callable[[PyTree, jax.Array], jax.Array] | None = None
+    prepare: Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]] | None = None
+    growth: Callable[..., float] | None = None
+    config: Mapping[str, Any] = {}
 
 
 def takes_extra(function: Callable) -> bool:
@@ -140,8 +164,8 @@ def taking_extra(function: Callable, takes: bool) -> Callable:
 
 def bound(model: Model, extra: Mapping[str, Any]) -> Model:
     """The model with that `extra` in all its functions that take it."""
-    layers = model.layers and with_extra(model.layers, extra)
-    return model._replace(init=with_extra(model.init, extra), apply=with_extra(model.apply, extra), layers=layers)
+    functions = {name: getattr(model, name) for name in ("init", "apply", "layers", "prepare")}
+    return model._replace(**{name: one and with_extra(one, extra) for name, one in functions.items()})
 
 
 class Dataset(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 
 import bnjax
 from bnjax import activations, choices
-from bnjax.models import mlp as mlp_module
+from bnjax.models import build
 
 SHAPE = (2, 3, 1)
 X = jax.random.normal(jax.random.key(9), (7, *SHAPE))
@@ -35,8 +35,8 @@ def by_hand(params, x, phi, norm, position):
     return x @ params["output"]["kernel"] + params["output"]["bias"]
 
 
-@pytest.mark.parametrize("position", mlp_module.NORM_POSITIONS)
-@pytest.mark.parametrize("norm", mlp_module.NORMS)
+@pytest.mark.parametrize("position", build.NORM_POSITIONS)
+@pytest.mark.parametrize("norm", ["batch", "none"])
 @pytest.mark.parametrize(
     ("activation", "phi"),
     [
@@ -210,7 +210,10 @@ def test_no_hidden_layer_is_a_linear_classifier():
     [
         ({"activation": "rlu"}, r"unknown activation 'rlu' \(did you mean 'relu'\?\); allowed: relu, leaky_relu"),
         ({"activation": "swish"}, r"unknown activation 'swish' \(did you mean 'silu'\?\); allowed: relu, "),
-        ({"norm": "layer"}, "unknown norm 'layer'.*allowed: batch, none"),
+        ({"norm": "layr"}, "unknown norm 'layr'.*did you mean 'layer'"),
+        ({"norm": "layer", "momentum": 0.9}, r"norm 'layer' takes epsilon, per_position; got \['momentum'\]"),
+        ({"norm": bnjax.norms.layer(), "epsilon": 0.1}, "epsilon must be given to the norm itself"),
+        ({"scaled_layer": "all"}, r"norm 'batch' takes epsilon, momentum, detach; got \['scaled_layer'\]"),
         ({"norm_position": "before"}, "unknown norm_position 'before'"),
         ({"initializer": "xavier"}, "unknown initializer 'xavier'; allowed"),
         ({"scaled_layers": "output"}, "unknown scaled_layers 'output'"),

@@ -35,7 +35,27 @@ ORDER = [
     "jacobian",
     "activations",
     "initializers",
+    "theory.quadrature",
+    "theory.mean_field",
+    "theory.order_chaos",
+    "theory.random_matrices",
+    "theory",
+    "norms.common",
+    "norms.batch",
+    "norms.layer",
+    "norms.group",
+    "norms.rms",
+    "norms.lp",
+    "norms.weight",
+    "norms.weight_standardized",
+    "norms.none",
+    "norms",
+    "models.build",
     "models.mlp",
+    "models.deep",
+    "models.conv",
+    "models.residual",
+    "models",
     "interop.entries",
     "interop.functions",
     "interop.flax",
@@ -43,11 +63,7 @@ ORDER = [
     "interop.equinox",
     "interop.torch",
     "networks",
-    "theory.quadrature",
-    "theory.mean_field",
-    "theory.order_chaos",
-    "theory.random_matrices",
-    "theory",
+    "statistics",
     "probes.arrays",
     "probes.reading",
     "probes.forward",
@@ -79,7 +95,8 @@ ORDER = [
     "__init__",
     "__main__",
 ]
-EMPTY = {"analysis.__init__", "interop.__init__", "models.__init__", "sweeps.__init__"}
+EMPTY = {"analysis.__init__", "interop.__init__", "sweeps.__init__"}
+PACKAGES = {f"{name}.__init__" for name in ("data", "models", "norms", "probes", "theory")}
 ONLY_IN = {
     "matplotlib": {"plots"},
     "tensorflow_datasets": {"data.builders"},
@@ -92,7 +109,7 @@ ONLY_IN = {
 
 def module_name(path):
     name = ".".join(path.relative_to(ROOT / "bnjax").with_suffix("").parts)
-    return name.removesuffix(".__init__") if name in ("data.__init__", "probes.__init__", "theory.__init__") else name
+    return name.removesuffix(".__init__") if name in PACKAGES else name
 
 
 def imports(path):

@@ -16,14 +16,32 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from bnjax import compilation
 from bnjax.sweeps.plan import memory, segment_of, width_of
 from bnjax.training import RunState, TrainConfig, check, make_run, make_train
-from bnjax.types import RANGES, ApplyFn, Dataset, Hyperparams, InitFn, Model, Probe, range_of
+from bnjax.types import RANGES, Dataset, Hyperparams, Model, Probe, range_of
 
 AXIS = "group"  # of the vmap
 
 
+class Functions(NamedTuple):
+    """A network as far as it is compiled: what programs are kept by."""
+
+    init: Callable
+    apply: Callable
+    prepare: Callable | None
+
+    @classmethod
+    def of(cls, model: Model) -> "Functions":
+        """Of that network."""
+        return cls(model.init, model.apply, model.prepare)
+
+    @property
+    def model(self) -> Model:
+        """With nothing else."""
+        return Model(self.init, self.apply, prepare=self.prepare)
+
+
 @functools.lru_cache(maxsize=32)  # each holds 300 memory maps and more, of 65,530 that Linux allows
 def compiled(
-    init: InitFn, apply: ApplyFn, config: TrainConfig, devices: tuple[jax.Device, ...], probe: Probe | None
+    functions: Functions, config: TrainConfig, devices: tuple[jax.Device, ...], probe: Probe | None
 ) -> tuple[Callable, Callable]:
     """The programs of a `Trainer`. Kept, so that a second sweep compiles nothing."""
     mesh = Mesh(np.asarray(devices), ("cells",))
@@ -36,7 +54,7 @@ def compiled(
 
         def on_one_device(*args):
             several = jax.tree.leaves(args[0])[0].shape[0] > 1
-            call = make_run(Model(init, apply), config, probe, AXIS if several else None)[part]
+            call = make_run(functions.model, config, probe, AXIS if several else None)[part]
             if several:
                 return jax.vmap(call, in_axes=axes, axis_name=AXIS)(*args)
             # XLA's CPU reductions are some 30 times slower beside an axis of size 1.
@@ -78,7 +96,7 @@ class Trainer(NamedTuple):
     @property
     def programs(self) -> tuple[Callable[..., RunState], Callable[..., RunState]]:
         """start(hyper, ds), and advance(state, hyper, ds, first, until), after which that state is gone."""
-        return compiled(self.model.init, self.model.apply, self.config, self.devices, self.probe)
+        return compiled(Functions.of(self.model), self.config, self.devices, self.probe)
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -89,7 +107,7 @@ class Trainer(NamedTuple):
     def text(self) -> str:
         """A digest of the program of ONE cell as the compiler is given it; not of places in the source."""
         shapes = Dataset(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in self.ds))
-        return _text(self.model.init, self.model.apply, self.config, self.probe, self.extra, shapes)
+        return _text(Functions.of(self.model), self.config, self.probe, self.extra, shapes)
 
     def fitted(self, *, may_change: bool) -> "Trainer":
         """The same at its width, or the widest narrower one whose program fits into the devices' memory.
@@ -221,9 +239,9 @@ def _shapes(start, group, extra, ds):
 
 
 @functools.lru_cache(maxsize=64)
-def _text(init, apply, config, probe, extra, shapes):
+def _text(functions, config, probe, extra, shapes):
     hyper = Hyperparams.from_named({name: jax.ShapeDtypeStruct((), range_of(name).dtype) for name in (*RANGES, *extra)})
-    lowered = jax.jit(make_train(Model(init, apply), config, probe)).lower(hyper, shapes)
+    lowered = jax.jit(make_train(functions.model, config, probe)).lower(hyper, shapes)
     text = lowered.as_text() + " ".join(sorted(extra))  # one that is not used is not in the program
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

@@ -15,8 +15,8 @@ import jax
 from absl import app, flags
 
 import bnjax
-from bnjax import activations, choices, initializers, training
-from bnjax.models import mlp
+from bnjax import activations, choices, initializers, norms, training
+from bnjax.models import build
 from bnjax.sweeps import grid, store
 from experiments import common
 from experiments.init_robustness import measure_width
@@ -38,11 +38,13 @@ flags.DEFINE_string(
 flags.DEFINE_integer("depth", 3, "Number of hidden layers.", lower_bound=1)
 flags.DEFINE_integer("hidden_width", 128, "Units per hidden layer.", lower_bound=1)
 flags.DEFINE_string("activation", "relu", f"One of {', '.join(activations.ACTIVATIONS)}.")
-flags.DEFINE_list("norms", "batch,none", f"Networks to compare, of {', '.join(mlp.NORMS)}.")
-flags.DEFINE_string("norm_position", "before_activation", f"One of {', '.join(mlp.NORM_POSITIONS)}.")
+flags.DEFINE_list("norms", "batch,none", f"Networks to compare, of {', '.join(norms.NORMS)}.")
+flags.DEFINE_string("norm_position", "before_activation", f"One of {', '.join(build.NORM_POSITIONS)}.")
 flags.DEFINE_float("epsilon", 1e-5, "Batch normalization's epsilon, inside the square root.")
 flags.DEFINE_list("initializers", "he_normal", f"To compare, of {', '.join(initializers.INITIALIZERS)}.")
-flags.DEFINE_string("scaled_layers", "hidden", f"Kernels that init_scale multiplies: {' or '.join(mlp.SCALED_LAYERS)}.")
+flags.DEFINE_string(
+    "scaled_layers", "hidden", f"Kernels that init_scale multiplies: {' or '.join(build.SCALED_LAYERS)}."
+)
 flags.DEFINE_bool("frozen_baseline", True, "Also train BN networks whose hidden weights stay as drawn.")
 # grid
 flags.DEFINE_string("seeds", "5", "Initialization seeds: a count, a range 0:5 or a list 0,1,2.")

@@ -1,0 +1,47 @@
+"""Batch normalization (Ioffe & Szegedy 2015) as a `Norm`: y = scale (x - mean) / sqrt(var + epsilon) + bias.
+
+Mean and variance are a channel's over the batch, and over the positions of an image; in evaluation the running ones.
+Equation, derivative and rival conventions: `bnjax.batch_norm`.
+"""
+
+from collections.abc import Sequence
+from numbers import Real
+
+import jax
+from jax.typing import ArrayLike
+
+from bnjax import batch_norm
+from bnjax.theory import mean_field
+from bnjax.types import Norm
+
+
+def batch(*, epsilon: ArrayLike = 1e-5, momentum: Real | None = 0.9, detach: Sequence[str] = ()) -> Norm:
+    """Batch normalization.
+
+    Args:
+      epsilon: added to the variance, >= 0. It may be traced.
+      momentum: the weight of the OLD running value, in [0, 1]; None: the plain average over all batches.
+      detach: the batch statistics, "mean" and "var", that are constants to the derivative.
+
+    Raises:
+      ValueError: for a value out of range.
+    """
+    batch_norm.check_epsilon(epsilon)
+    batch_norm.check_detach(detach)
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(f"momentum (of the running statistics) must be None or in [0, 1], got {momentum}")
+
+    def init(shape):
+        return batch_norm.init(shape[-1])
+
+    def apply(params, stats, x, *, train, mask=None):
+        return batch_norm.apply(
+            params, stats, x, train=train, momentum=momentum, epsilon=epsilon, mask=mask, detach=detach
+        )
+
+    def growth(activation, num_features=None, batch_size=None):
+        return mean_field.gradient_growth(activation, batch_size)
+
+    number = epsilon if isinstance(epsilon, jax.core.Tracer | float | int) else float(epsilon)
+    config = {"norm": "batch", "epsilon": number, "momentum": momentum}
+    return Norm(init, apply, growth=growth, config=config | ({"detach": list(detach)} if detach else {}))

@@ -1,0 +1,46 @@
+"""Layer normalization (Ba, Kiros & Hinton 2016): each example by its own mean and variance.
+
+    y = scale (x - mean) / sqrt(var + epsilon) + bias, mean and variance over the features of one example
+
+Where conventions differ: of an image the statistics are over positions and channels, as in Wu & He 2018 (group
+normalization with one group) and PyTorch's `LayerNorm([C, H, W])`; with `per_position` over the channels of one
+position, as in Flax, in Transformers and in ConvNeXt. Scale and bias are one per channel. Flax's and Keras's epsilon
+are 1e-6 and 1e-3; 1e-5 here is PyTorch's. Training and evaluation are the same.
+"""
+
+from numbers import Real
+
+from bnjax import batch_norm
+from bnjax.norms import common
+from bnjax.theory import mean_field
+from bnjax.types import Norm
+
+
+def layer(*, epsilon: Real = 1e-5, per_position: bool = False) -> Norm:
+    """Layer normalization.
+
+    Args:
+      epsilon: added to the variance, >= 0.
+      per_position: statistics over the channels of one position only, where x is [N, ..., C] with positions.
+
+    Raises:
+      ValueError: for an epsilon out of range.
+    """
+    batch_norm.check_epsilon(epsilon)
+
+    def init(shape):
+        return common.affine_init(shape[-1]), {}
+
+    def apply(params, stats, x, *, train, mask=None):
+        if per_position:
+            flat = common.standardize_examples(x.reshape(-1, x.shape[-1]), epsilon, None, None)
+            standard = flat.reshape(x.shape)
+        else:
+            standard = common.standardize_examples(x, epsilon, None, mask)
+        return common.affine(params, standard, x.dtype), stats
+
+    def growth(activation, num_features=None, batch_size=None):
+        return mean_field.gradient_growth(activation, norm="layer", num_features=num_features)
+
+    config = {"norm": "layer", "epsilon": epsilon} | ({"per_position": True} if per_position else {})
+    return Norm(init, apply, growth=growth, config=config)
