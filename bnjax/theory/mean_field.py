@@ -29,12 +29,14 @@ LeCun's.
 
 import math
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bnjax import choices
-from bnjax.theory import quadrature
+from bnjax.theory import norm_growth, quadrature
+from bnjax.theory.depth import depth_at_ratio as depth_at_ratio
+from bnjax.theory.depth import depth_scale as depth_scale
 from bnjax.theory.quadrature import CUT, TOLERANCE, Activation, moments
 
 _SMALLEST_RHO = 1e-7  # stands for the limit of spread / rho^2 at 0, where it has lost no more than 7 digits
@@ -64,10 +66,13 @@ def gradient_growth(
     scale: Real = 1.0,
     bias: Real = 0.0,
     start: Real | None = None,
+    norm: Any = "batch",
+    num_features: Real | None = None,
 ) -> float:
-    """Growth per layer, towards the input, of the squared gradient norm in a deep batch-normalized network.
+    """Growth per layer, towards the input, of the squared gradient norm in a deep normalized network.
 
-    At epsilon 0, where `weight_std` cancels, with `spread` and `slope` at rho = 1 (module docstring):
+    `bnjax.theory.norm_growth` has the norms other than batch normalization, at epsilon 0. What follows is batch
+    normalization's. At epsilon 0, where `weight_std` cancels, with `spread` and `slope` at rho = 1 (module docstring):
 
         growth = B / (B - 3) slope / spread,    E[psi'(u)^2] / Var psi(u) for an infinite batch, u ~ N(0, 1),
 
@@ -84,6 +89,11 @@ def gradient_growth(
       scale: batch normalization's, the same for all features, not 0.
       bias: batch normalization's, the same for all features.
       start: V of the first layer, where epsilon > 0. None: weight_std^2, that of inputs with unit variance.
+      norm: before the activation: "batch", "layer", "group", "rms", "weight", "weight_standardized", "l1", "l2" (which
+        is "batch"), "linf", "none", or an object whose attribute `growth` is a function (activation, num_features,
+        batch_size) -> float.
+      num_features: normalized together: of "group", in infinitely many groups, at least 4; of "layer" and "rms" the
+        width of the network, at least 16, to the order 1 / num_features. None: infinite.
 
     Returns:
       A factor without unit; of the norm itself it is the square root.
@@ -91,8 +101,15 @@ def gradient_growth(
     Raises:
       ValueError: for an unknown name; a function that is not elementwise, not finite on the quadrature's range,
         constant there, has a derivative that does not fit it (a jump), or whose integrals do not converge;
-        batch_size below 4 or not an integer; a value out of range.
+        batch_size below 4 or not an integer; a value out of range; an argument that the norm does not take.
     """
+    if not isinstance(norm, str) or norm not in ("batch", "l2"):
+        defaults = {"batch_size": None, "epsilon": 0, "scale": 1, "bias": 0, "start": None, "num_features": None}
+        values = (batch_size, epsilon, scale, bias, start, num_features)
+        options = {name: v for (name, default), v in zip(defaults.items(), values, strict=True) if v != default}
+        return norm_growth.growth(norm, activation, weight_std, **options)
+    if num_features is not None:
+        raise ValueError(f"num_features is not an argument of norm {norm!r}: it normalizes over the batch_size")
     B = _check(batch_size, epsilon, weight_std, start)
     if epsilon == 0 and scale == 1 and bias == 0:
         if activation == "linear":
@@ -265,43 +282,6 @@ def init_scale_threshold(activation: Activation, epsilon: Real, batch_size: Real
     B = _check(batch_size, epsilon, 1.0, None)
     spread = _small_signal(quadrature.on_batch(activation, B, 1.0, 0.0), B)
     return math.sqrt(epsilon / spread) / math.sqrt(2) if spread else math.inf
-
-
-def depth_scale(growth: Real) -> float:
-    """Layers in which the squared gradient norm changes by a factor e: 1 / |ln growth|, infinite at growth 1.
-
-    Args:
-      growth: per layer, of the squared norm (`gradient_growth`, chi_1).
-
-    Raises:
-      ValueError: unless growth is above 0 and finite.
-    """
-    choices.check_positive("growth", growth)
-    rate = abs(math.log(growth))
-    return 1 / rate if rate > 1e-7 else math.inf
-
-
-def depth_at_ratio(growth: Real, ratio: Real) -> float:
-    """The depth L over which the squared gradient norm changes by the factor `ratio`: growth^L = ratio or 1 / ratio.
-
-    L = ln(ratio) depth_scale(growth) is exact in the mean-field limit. At which ratio training stops is NOT a
-    theorem: it depends on the task, the optimizer and the number of steps. Without batch normalization, the rule of
-    thumb of Schoenholz et al. 2017 is some 6 depth scales xi_c; the same number of gradient's depth scales is a
-    ratio of e^6 = 403. What float32 can hold ends at a ratio of some 1e76 for squared norms.
-
-    Args:
-      growth: per layer, of the squared norm.
-      ratio: above 1.
-
-    Returns:
-      A number of layers; infinite at growth 1.
-
-    Raises:
-      ValueError: for a growth that is not positive and finite or a ratio that is not above 1 and finite.
-    """
-    if not 1 < ratio < math.inf:
-        raise ValueError(f"ratio must be above 1 and finite, got {ratio}")
-    return math.log(ratio) * depth_scale(growth)
 
 
 # One layer as a function of the signal.

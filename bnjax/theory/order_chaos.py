@@ -8,7 +8,7 @@ import numpy as np
 
 from bnjax import choices
 from bnjax.theory import quadrature
-from bnjax.theory.mean_field import depth_scale
+from bnjax.theory.depth import depth_scale
 
 
 class OrderChaos(NamedTuple):
@@ -57,13 +57,13 @@ def order_chaos(activation: quadrature.Activation, weight_std: Real, bias_std: R
         raise ValueError(f"bias_std must be >= 0 and finite, got {bias_std}")
     phi = quadrature.function(activation)
     weight_var, bias_var = float(weight_std) ** 2, float(bias_std) ** 2
-    variance, q, growth_of_q = _length_fixed_point(phi, weight_var, bias_var)
+    variance, q, growth_of_q = length_fixed_point(phi, weight_var, bias_var)
     phi = quadrature.with_breaks(phi, quadrature.CUT * math.sqrt(max(q, 1.0)))
-    next_q = weight_var * float(_expect(phi, q, lambda u, p, d: p * p)) + bias_var
-    chi_1 = weight_var * float(_expect(phi, q, lambda u, p, d: d * d))
+    next_q = weight_var * float(quadrature.expect(phi, q, lambda u, p, d: p * p)) + bias_var
+    chi_1 = weight_var * float(quadrature.expect(phi, q, lambda u, p, d: d * d))
 
     if math.isinf(variance):
-        earlier = weight_var * float(_expect(phi, q / 100, lambda u, p, d: d * d))
+        earlier = weight_var * float(quadrature.expect(phi, q / 100, lambda u, p, d: d * d))
         if abs(chi_1 - earlier) > 0.01 * chi_1:
             raise ValueError("the activation makes signals blow up faster than exponentially: there is no deep limit")
 
@@ -88,16 +88,6 @@ def order_chaos(activation: quadrature.Activation, weight_std: Real, bias_std: R
     return OrderChaos(variance, chi_1, correlation, chi_c, *scales, phase)
 
 
-def _expect(phi, q, integrand):
-    """E[integrand(u, phi(sqrt(q) u), phi'(sqrt(q) u))], u ~ N(0, 1)."""
-
-    def integral(n):
-        u, weights = quadrature.gaussian(phi.breaks / math.sqrt(q), n)
-        return (weights / math.sqrt(2 * math.pi) * integrand(u, *quadrature.evaluate(phi, math.sqrt(q) * u))).sum()
-
-    return quadrature.converge(integral)
-
-
 def _correlated(phi, q, c, n):
     """E[phi phi], E[phi' phi'] at sqrt(q) times two standard normal variables with correlation c."""
     kinks, rest = phi.breaks / math.sqrt(q), math.sqrt(1 - c * c)
@@ -109,17 +99,36 @@ def _correlated(phi, q, c, n):
     return np.array([(weights * pair).sum() for pair in (value_a[:, None] * value_b, slope_a[:, None] * slope_b)])
 
 
-def _length_fixed_point(phi, weight_var, bias_var):
-    """q*, a q at which to take its limits if q* is 0 or infinite, and dq'/dq there.
+def length_fixed_point(
+    phi: quadrature.Function, weight_var: float, bias_var: float, *, centered: bool = False
+) -> tuple[float, float, float]:
+    """The fixed point of q -> weight_var E[phi(sqrt(q) u)^2] + bias_var, reached from q = weight_var + bias_var.
 
     Newton's steps, which are as long as the recursion's own or change q by a quarter at most.
+
+    Args:
+      phi: the activation; its kinks are found here.
+      weight_var: weight_std^2.
+      bias_var: bias_std^2.
+      centered: the variance of phi(sqrt(q) u) stands for its second moment.
+
+    Returns:
+      q*, a q at which to take its limits if q* is 0 or infinite, and dq'/dq there.
+
+    Raises:
+      ValueError: if the recursion does not settle.
     """
     nothing, tiny, huge = 1e-10, 1e-16, 1e14
 
     def step(q):
-        squares = _expect(phi, q, lambda u, p, d: p * p)
-        derivative = _expect(phi, q, lambda u, p, d: p * d * u) / math.sqrt(q)
-        return weight_var * float(squares) + bias_var, weight_var * float(derivative)
+        if centered:
+            near = 1e-4
+            below, square, above = quadrature.moments(phi, None, np.sqrt(q * np.array([1 - near, 1, 1 + near])))[0]
+            change = (above - below) / (2 * near * q)
+        else:
+            square = quadrature.expect(phi, q, lambda u, p, d: p * p)
+            change = quadrature.expect(phi, q, lambda u, p, d: p * d * u) / math.sqrt(q)
+        return weight_var * float(square) + bias_var, weight_var * float(change)
 
     q, covered = weight_var + bias_var, 0.0
     for _ in range(1000):

@@ -84,6 +84,31 @@ def gaussian(kinks: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
     return u, weights * np.exp(-(u**2) / 2)
 
 
+def sphere(kinks: np.ndarray, dimensions: int, radius: float, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights [N], which sum to 1, for one coordinate of a vector that is uniform on a sphere.
+
+    radius sin(theta), of density cos(theta)^(dimensions - 2), between `kinks` [K].
+    """
+    limit = math.asin(min(1.0, CUT / math.sqrt(dimensions)))
+    parts = 2 * math.ceil(min(1.0, math.sqrt(dimensions) / CUT) * PARTS / 2)
+    theta, weights = panels(_edges(np.arcsin(np.clip(kinks / radius, -1, 1)), limit, parts), n)
+    weights = weights * np.cos(theta) ** (dimensions - 2)
+    return radius * np.sin(theta), weights / weights.sum()
+
+
+def expect(psi: Function, q: float, integrands: Callable[..., Any]) -> Any:
+    """E[integrands(u, psi(sqrt(q) u), psi'(sqrt(q) u))], u ~ N(0, 1): a number, or an array if they have more axes.
+
+    Their last axis is u's.
+    """
+
+    def integral(n):
+        u, weights = gaussian(psi.breaks / math.sqrt(q), n)
+        return integrands(u, *evaluate(psi, math.sqrt(q) * u)) @ (weights / math.sqrt(2 * math.pi))
+
+    return converge(integral)
+
+
 def _edges(inner, limit, parts):
     """`inner` [..., K] within [-limit, limit] and the edges of equal parts, in order; no panel is empty everywhere."""
     inner = np.clip(inner, -limit, limit)
