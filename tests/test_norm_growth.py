@@ -212,7 +212,10 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"norm": "lajer"}, r"unknown norm 'lajer' \(did you mean 'layer'\?\); allowed: batch, l2, layer, .*none"),
+            (
+                {"norm": "lajer"},
+                r"unknown norm .lajer. \(did you mean .layer.\?\); allowed: batch, l1, l2, linf, layer, .*none",
+            ),
             ({"norm": 3}, "norm must be one of batch, .*, or have an attribute growth; got 3"),
             ({"norm": None}, "norm must be one of batch, .*; got None"),
             ({"norm": NO_THEORY}, "has no theory"),

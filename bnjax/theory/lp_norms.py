@@ -33,6 +33,7 @@ class Layer(NamedTuple):
     """A layer of a deep network with a norm of the activations."""
 
     variance: float  # of the next layer's h, as the norm sees it, at weight_std 1: E[psi^2], or spread
+    second_moment: float  # of the next layer's h, the mean over the batch included: E[psi^2]
     growth: float  # of the squared gradient norm
     error: float = 0.0  # standard error of growth, where it is sampled
 
@@ -67,7 +68,7 @@ def lp(
     Args:
       activation: phi, a name or an elementwise JAX function.
       p: 1, 2 or infinity.
-      batch_size: B, from 4 to 65,536. None, which p = infinity does not take: infinite.
+      batch_size: B, at least 4, and at most 65,536 unless p = 2. None: infinite, but for p = infinity.
       scale: the norm's; 1 / `gaussian_spread` for a spread without that constant.
       bias: the norm's.
 
@@ -83,8 +84,9 @@ def lp(
     if batch_size is not None:
         choices.check_count("batch_size", batch_size)
         B = int(batch_size)
-        if not 4 <= B <= LARGEST_BATCH:
-            raise ValueError(f"batch_size must be from 4 to {LARGEST_BATCH}, got {batch_size}")
+        largest = 2**31 if p == 2 else LARGEST_BATCH
+        if not 4 <= B <= largest:
+            raise ValueError(f"batch_size must be from 4 to {largest}, got {batch_size}")
     return _layer(activation, float(p), B, float(scale), float(bias))
 
 
@@ -92,9 +94,13 @@ def lp(
 def _layer(activation, p, B, scale, bias):
     psi = quadrature.on_batch(activation, B, scale, bias)
     spread, slope = (float(value[0]) for value in quadrature.moments(psi, B, np.ones(1)))
-    if B is None or p == 2:
-        return Layer(spread, (1 if B is None else B / (B - 3)) * slope / spread)
-    return _sampled(psi, p, B, spread, slope)
+    if B is not None and p != 2:
+        return _sampled(psi, p, B, spread, slope)
+    if B is None:
+        square = quadrature.expect(psi, 1.0, lambda u, value, slope: value**2)
+    else:
+        square = quadrature.expect_on_sphere(psi, B - 1, lambda y, value, slope: value**2)
+    return Layer(spread, float(square), (1 if B is None else B / (B - 3)) * slope / spread)
 
 
 def _sampled(psi, p, B, spread, slope):
@@ -111,8 +117,9 @@ def _sampled(psi, p, B, spread, slope):
         S, u = np.abs(value) / unit, np.zeros_like(h)
         np.put_along_axis(u, largest, np.sign(value) / unit, 1)
     u -= u.mean(1, keepdims=True)
-    found = np.stack(_layer_of_batches(psi, h / S, u, S[:, 0]))  # [2, N]
-    known = np.stack(_layer_of_batches(psi, h, h / B, np.ones(len(h))))
+    *found, squares = _layer_of_batches(psi, h / S, u, S[:, 0])
+    found = np.stack(found)  # [2, N]
+    known = np.stack(_layer_of_batches(psi, h, h / B, np.ones(len(h)))[:2])
     off = known - np.array([[spread], [slope]])
     off = off[off.std(1) > 1e-6 * known.mean(1)]  # linear: constants
     centred = off - off.mean(1, keepdims=True)
@@ -121,15 +128,17 @@ def _sampled(psi, p, B, spread, slope):
     variance, through = found.mean(1)
     residual = found[1] / through - found[0] / variance
     growth = B / (B - 3) * through / variance
-    return Layer(float(variance), float(growth), float(growth * residual.std() / math.sqrt(len(h))))
+    error = growth * residual.std() / math.sqrt(len(h))
+    return Layer(float(variance), float(squares.mean()), float(growth), float(error))
 
 
 def _layer_of_batches(psi, y, u, S):
-    """Var psi(y) and tr(J^T M J) / (B - 1), [N] each, of batches y [N, B]."""
+    """Var psi(y), tr(J^T M J) / (B - 1) and the mean of psi(y)^2, [N] each, of batches y [N, B]."""
     B = y.shape[1]
     value, d = quadrature.evaluate(psi, y)
     trace = (1 - 2 / B) * (d**2).sum(1) + d.sum(1) ** 2 / B**2
     dy, du = d * y, d * u
     yMu = (dy * du).sum(1) - dy.sum(1) * du.sum(1) / B
     yMy = (dy**2).sum(1) - dy.sum(1) ** 2 / B
-    return value.var(1, ddof=1), (trace - 2 * yMu + (u**2).sum(1) * yMy) / S**2 / (B - 1)
+    through = (trace - 2 * yMu + (u**2).sum(1) * yMy) / S**2 / (B - 1)
+    return value.var(1, ddof=1), through, (value**2).mean(1)

@@ -38,6 +38,7 @@ q' = gain^2 Var phi(sqrt(q) z).
 """
 
 import math
+from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
@@ -49,28 +50,24 @@ from bnjax.theory.lp_norms import Layer, lp
 from bnjax.theory.order_chaos import length_fixed_point, order_chaos
 from bnjax.theory.quadrature import Activation
 
-_DATA_NORMS = ("layer", "group", "rms", "l1", "linf")
+_POWERS = {"batch": 2, "l1": 1, "l2": 2, "linf": math.inf}  # of the spread over the batch
 _NORMS = {  # the arguments that it takes, besides activation and weight_std
-    "layer": ("num_features", "scale", "bias"),
-    "group": ("num_features", "scale", "bias"),
-    "rms": ("num_features", "scale", "bias"),
-    "l1": ("batch_size", "scale", "bias"),
-    "linf": ("batch_size", "scale", "bias"),
-    "weight": (),
-    "weight_standardized": (),
-    "none": (),
+    **dict.fromkeys(_POWERS, ("batch_size", "scale", "bias")),
+    **dict.fromkeys(("layer", "group", "rms"), ("num_features", "scale", "bias")),
+    **dict.fromkeys(("weight", "weight_standardized", "none"), ()),
 }
-NAMES = ("batch", "l2", *_NORMS)
+NAMES = tuple(_NORMS)
+DATA_NORMS = tuple(name for name, arguments in _NORMS.items() if arguments)  # of the activations, not of the kernel
 
 
 def growth(norm: Any, activation: Activation, weight_std: Real = 1.0, **options: Any) -> float:
     """Growth per layer of the squared gradient norm for a norm by name, or for a value that has its own theory.
 
-    `bnjax.theory.mean_field.gradient_growth` is the function to call; it adds batch normalization.
+    `bnjax.theory.mean_field.gradient_growth` is the function to call: it adds batch normalization at epsilon > 0.
 
     Args:
-      norm: "layer", "group", "rms", "l1", "linf", "weight", "weight_standardized" or "none"; or an object whose
-        attribute `growth` is a function (activation, num_features, batch_size) -> float.
+      norm: one of `NAMES`; or an object whose attribute `growth` is a function (activation, num_features, batch_size)
+        -> float.
       activation: phi, a name or an elementwise JAX function.
       weight_std: standard deviation of the weights times sqrt(fan_in), above 0. It matters to "none" alone.
       **options: num_features, batch_size, scale, bias: those that the norm takes and that are not at their defaults.
@@ -85,15 +82,20 @@ def growth(norm: Any, activation: Activation, weight_std: Real = 1.0, **options:
     if not isinstance(norm, str):
         return _own_growth(norm, activation, weight_std, **options)
     choices.check("norm", norm, NAMES)
-    for name in options:
-        if name not in _NORMS[norm]:
-            takes = ", ".join(_NORMS[norm]) or "no arguments besides activation and weight_std"
-            raise ValueError(f"{name} is not an argument of norm {norm!r}, which takes {takes}")
-    if norm in _DATA_NORMS:
+    check_options(norm, options)
+    if norm in DATA_NORMS:
         return layer(norm, activation, **options).growth
     if norm == "weight_standardized":
         return weight_standardized(activation)
     return order_chaos(activation, weight_std if norm == "none" else 1.0).chi_1
+
+
+def check_options(norm: str, options: Iterable[str]) -> None:
+    """Raises a ValueError unless the norm of that name takes all of these arguments."""
+    for name in options:
+        if name not in _NORMS[norm]:
+            takes = ", ".join(_NORMS[norm]) or "no arguments besides activation and weight_std"
+            raise ValueError(f"{name} is not an argument of norm {norm!r}, which takes {takes}")
 
 
 def _own_growth(norm, activation, weight_std, num_features=None, batch_size=None, **others):
@@ -120,11 +122,11 @@ def layer(
     """What a layer with a norm of the activations does to signals and gradients.
 
     Args:
-      norm: "layer", "group", "rms", "l1" or "linf".
+      norm: "batch", "l1", "l2", "linf", "layer", "group" or "rms".
       activation: phi, a name or an elementwise JAX function.
       num_features: m. "group": of infinitely many groups, at least 4. "layer" and "rms": the whole width n, at least
         16, to the order 1 / n (`one_group`). None: infinite.
-      batch_size: B of "l1" and "linf" (`lp`).
+      batch_size: B of the norms over the batch (`lp`).
       scale: the norm's, the same for all features, not 0.
       bias: the norm's, the same for all features.
 
@@ -134,9 +136,9 @@ def layer(
     Raises:
       ValueError: as `growth`.
     """
-    choices.check("norm", norm, _DATA_NORMS)
-    if norm in ("l1", "linf"):
-        return lp(activation, 1 if norm == "l1" else math.inf, batch_size, scale=scale, bias=bias)
+    choices.check("norm", norm, DATA_NORMS)
+    if norm in _POWERS:
+        return lp(activation, _POWERS[norm], batch_size, scale=scale, bias=bias)
     if norm == "group":
         return group(activation, num_features, scale=scale, bias=bias)
     return one_group(activation, num_features, centered=norm == "layer", scale=scale, bias=bias)
@@ -172,15 +174,13 @@ def group(
         square, slope = (
             float(value) for value in quadrature.expect(psi, 1.0, lambda u, p, s: np.stack([p * p, s * s]))
         )
-        return Layer(square, slope / square)
+        return Layer(square, square, slope / square)
 
-    def integral(n):
-        y, weights = quadrature.sphere(psi.breaks, d, math.sqrt(d), n)
-        value, slope = quadrature.evaluate(psi, y)
-        return np.stack([value**2, (d - y**2) * slope**2]) @ weights
-
-    square, slope = (float(value) for value in quadrature.converge(integral))
-    return Layer(square, slope / ((d - 2) * square))
+    square, slope = (
+        float(value)
+        for value in quadrature.expect_on_sphere(psi, d, lambda y, p, s: np.stack([p * p, (d - y * y) * s * s]))
+    )
+    return Layer(square, square, slope / ((d - 2) * square))
 
 
 def one_group(
@@ -254,17 +254,13 @@ def detached_batch(activation: Activation, batch_size: Real | None = None) -> fl
     Raises:
       ValueError: as `growth`.
     """
-    variance = lp(activation, 2, batch_size).variance
+    batch = lp(activation, 2, batch_size)
     if batch_size is None:
-        return lp(activation, 2).growth
+        return batch.growth
     d = int(batch_size) - 1
     psi = quadrature.on_batch(activation, d + 1, 1.0, 0.0)
-
-    def integral(n):
-        y, weights = quadrature.sphere(psi.breaks, d, math.sqrt(d), n)
-        return quadrature.evaluate(psi, y)[1] ** 2 @ weights
-
-    return float((d + 1) / (d - 2) * quadrature.converge(integral)) / variance
+    slope = quadrature.expect_on_sphere(psi, d, lambda y, value, slope: slope**2)
+    return float((d + 1) / (d - 2) * slope / batch.variance)
 
 
 def weight_standardized(activation: Activation, gain: Real | None = None) -> float:
