@@ -64,11 +64,12 @@ class TestClosedForms:
             exact = chance @ ((k - 1) / (k - 2))
             assert 0 < exact - growth("relu", "rms", n) < 10 / n**2
 
-    @pytest.mark.parametrize(("norm", "largest"), [("group", 10**6), ("layer", 10**6), ("rms", 10**6), ("l1", 2**16)])
-    @pytest.mark.parametrize("activation", ["sigmoid", "gelu"])
+    @pytest.mark.parametrize(("norm", "largest"), [("group", 10**6), ("layer", 10**6), ("rms", 10**6), ("l1", 4096)])
+    @pytest.mark.parametrize("activation", ["sigmoid", pytest.param("gelu", marks=pytest.mark.slow)])
     def test_limit(self, norm, largest, activation):
+        """Off by a few times 1 / size."""
         option = "batch_size" if norm == "l1" else "num_features"
-        assert growth(activation, norm, **{option: largest}) == pytest.approx(growth(activation, norm), rel=1e-4)
+        assert growth(activation, norm, **{option: largest}) == pytest.approx(growth(activation, norm), rel=8 / largest)
 
     @pytest.mark.parametrize("activation", ["tanh", "relu", "softplus"])
     def test_infinite_norms_are_two(self, activation):
@@ -90,7 +91,7 @@ class TestClosedForms:
     def test_kernels(self):
         assert growth("relu", "weight") == pytest.approx(0.5, rel=1e-12)
         assert growth("relu", "none", weight_std=math.sqrt(2)) == pytest.approx(1, rel=1e-12)
-        assert growth("tanh", "none", weight_std=1.7) == order_chaos("tanh", 1.7).chi_1
+        assert growth("tanh", "none", weight_std=0.8) == order_chaos("tanh", 0.8).chi_1
         assert growth("sigmoid", "weight", weight_std=3.0) == order_chaos("sigmoid", 1.0).chi_1
         assert growth("relu", "weight_standardized") == pytest.approx(math.pi / (math.pi - 1), rel=1e-9)
         assert norm_growth.weight_standardized("relu", 1.3) == pytest.approx(1.3**2 / 2, rel=1e-9)
@@ -167,7 +168,12 @@ class TestSampledLayers:
 
     @pytest.mark.parametrize(
         ("activation", "num_features", "scale", "bias"),
-        [("relu", 9, 1.0, 0.0), ("tanh", 9, 2.0, 0.5), ("sigmoid", 16, 1.0, 0.0), ("gelu", 16, -1.5, 0.3)],
+        [
+            ("relu", 9, 1.0, 0.0),
+            pytest.param("tanh", 9, 2.0, 0.5, marks=pytest.mark.slow),
+            pytest.param("sigmoid", 16, 1.0, 0.0, marks=pytest.mark.slow),
+            ("gelu", 16, -1.5, 0.3),
+        ],
     )
     @pytest.mark.parametrize("is_centred", [True, False])
     def test_groups(self, activation, num_features, scale, bias, is_centred, x64):
@@ -179,7 +185,11 @@ class TestSampledLayers:
 
     @pytest.mark.parametrize(
         ("activation", "batch_size", "scale", "bias"),
-        [("relu", 9, 1.0, 0.0), ("tanh", 16, 2.0, 0.5), ("sigmoid", 32, 1.0, 0.0)],
+        [
+            ("relu", 9, 1.0, 0.0),
+            pytest.param("tanh", 16, 2.0, 0.5, marks=pytest.mark.slow),
+            pytest.param("sigmoid", 32, 1.0, 0.0, marks=pytest.mark.slow),
+        ],
     )
     @pytest.mark.parametrize("p", [1, math.inf])
     def test_batches(self, p, activation, batch_size, scale, bias, x64):
@@ -237,7 +247,7 @@ class TestBadInput:
             ({"norm": "rms", "num_features": 8.5}, "num_features must be a positive integer, got 8.5"),
             ({"norm": "group", "num_features": 0}, "num_features must be a positive integer, got 0"),
             ({"norm": "linf"}, "norm 'linf' needs a batch_size"),
-            ({"norm": "l1", "batch_size": 3}, "batch_size must be from 4 to 65536, got 3"),
+            ({"norm": "l1", "batch_size": 3}, "batch_size must be from 4 to 4096, got 3"),
             ({"norm": "layer", "weight_std": 0}, "weight_std must be above 0 and finite, got 0"),
             ({"norm": "layer", "scale": 0.0}, "scale must be finite and not 0, got 0.0"),
             ({"norm": "layer", "activation": "rleu"}, "unknown activation 'rleu'"),

@@ -145,16 +145,16 @@ def extrapolated(before, after, options, widths, networks):
     return 2 * wide - narrow, math.hypot(2 * other_error, error)
 
 
-QUICK = ("layer", "relu", 2), ("layer", "relu", 2, 1)
+slow = pytest.mark.slow
 PLAIN = [
     ("layer", "relu", 2),
-    ("layer", "sigmoid", 2),
-    ("rms", "tanh", 2),
-    ("group", "relu", 2),
-    ("group", "tanh", 2),
-    ("weight", "relu", 2),
-    ("weight_standardized", "relu", 2),
-    ("weight_standardized", "tanh", 2),
+    pytest.param("layer", "sigmoid", 2, marks=slow),
+    pytest.param("rms", "tanh", 2, marks=slow),
+    pytest.param("group", "relu", 2, marks=slow),
+    pytest.param("group", "tanh", 2, marks=slow),
+    pytest.param("weight", "relu", 2, marks=slow),
+    pytest.param("weight_standardized", "relu", 2, marks=slow),
+    pytest.param("weight_standardized", "tanh", 2, marks=slow),
 ]
 RESIDUAL = [
     ("batch", "relu", 9, 1),
@@ -166,14 +166,10 @@ RESIDUAL = [
 ]
 
 
-def slow_but_some(cases):
-    return [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
-
-
 class TestNetworks:
     """|z| < 4 in each of 14 comparisons; a false alarm by chance alone: 1e-3. Widths 32 and 64, extrapolated."""
 
-    @pytest.mark.parametrize(("norm", "activation", "batch"), slow_but_some(PLAIN))
+    @pytest.mark.parametrize(("norm", "activation", "batch"), PLAIN)
     def test_equal_layers(self, norm, activation, batch):
         """2 x 1,000 networks of 3 layers, at the middle one."""
         options = {"norm": norm, "activation": activation, "depth": 3, "batch": batch, "skip": False, "group_size": 16}
@@ -183,7 +179,8 @@ class TestNetworks:
         assert error < 0.03 * theory
         assert abs(found - theory) < 4 * error
 
-    @pytest.mark.parametrize(("norm", "activation", "batch", "layers"), slow_but_some(RESIDUAL))
+    @slow
+    @pytest.mark.parametrize(("norm", "activation", "batch", "layers"), RESIDUAL)
     def test_residual(self, norm, activation, batch, layers):
         """2 x 1,000 networks of 6 blocks, over all of them."""
         options = {"norm": norm, "activation": activation, "depth": 6, "batch": batch, "skip": True, "layers": layers}
