@@ -93,14 +93,13 @@ def normalize(norm, h, group_size):
     return h
 
 
-def normalize_kernel(norm, kernel, weight_std, activation):
+def normalize_kernel(norm, kernel, gain):
     """Kernel [in, out] of standard normal numbers, as used."""
     if norm == "weight":
         return kernel / jnp.linalg.norm(kernel, axis=0)
     if norm == "weight_standardized":
-        gain = norm_growth.layer("batch", activation).variance ** -0.5
         return gain / math.sqrt(len(kernel)) * (kernel - kernel.mean(0)) / kernel.std(0)
-    return kernel * weight_std / math.sqrt(len(kernel))
+    return kernel * gain / math.sqrt(len(kernel))
 
 
 def squared_gradients(norm, activation, width, depth, networks, batch, *, skip, group_size=8, layers=1):
@@ -109,14 +108,16 @@ def squared_gradients(norm, activation, width, depth, networks, batch, *, skip, 
     Without skip connections these are the layers' h; the gradient behind the last comes through one norm more.
     """
     phi = activations.get(activation)
-    weight_std = 1.0 if activation == "tanh" and norm == "none" else HE
+    gain = 1.0 if norm == "none" else HE
+    if norm == "weight_standardized":
+        gain = norm_growth.layer("batch", activation).variance ** -0.5
 
     def forward(offsets, kernels, x, readout):
         for offset, block in zip(offsets, kernels, strict=False):
             x = x + offset
             branch = x
             for kernel in block:
-                used = normalize_kernel(norm, kernel, weight_std, activation)
+                used = normalize_kernel(norm, kernel, gain)
                 branch = jnp.matmul(phi(normalize(norm, branch, group_size)), used, precision="highest")
             x = x + branch if skip else branch
         x = x + offsets[depth]
