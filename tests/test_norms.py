@@ -12,6 +12,7 @@ from flax import linen as nn
 import bnjax
 from bnjax import norms
 from bnjax.norms.weight_standardized import gain_of
+from bnjax.theory import mean_field
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "torch_norms.npz")
 SHAPES = {"dense": (6, 8), "images": (4, 3, 5, 8)}
@@ -242,6 +243,22 @@ def test_torch_weight_norm(x64):
     of = function(norms.weight(), kernel.shape)
     np.testing.assert_allclose(of(kernel), w, rtol=1e-12)
     np.testing.assert_allclose(jax.grad(lambda v: ((x @ of(v)) ** 2).sum())(kernel), slope, rtol=1e-10, atol=1e-10)
+
+
+def test_growth_is_the_theory_of_that_norm():
+    """With the options of the norm; l1's output is 1 / sqrt(2 / pi) times a Gaussian's, which sigmoid sees."""
+    growth = mean_field.gradient_growth
+    assert norms.batch().growth("relu", 64, 32) == growth("relu", 32)
+    assert norms.layer().growth("tanh", None, 32) == growth("tanh", norm="layer")
+    assert norms.group(group_size=8).growth("relu", None, 32) == growth("relu", norm="group", num_features=8)
+    assert norms.rms().growth("gelu", 64) == growth("gelu", norm="rms", num_features=64)
+    assert norms.weight().growth("relu") == pytest.approx(0.5)
+    assert norms.weight(data_dependent=True).growth("relu") == pytest.approx(math.pi / (math.pi - 1))
+    assert norms.weight_standardized().growth("relu") == pytest.approx(math.pi / (math.pi - 1))
+    assert norms.lp(2).growth("relu", None, 16) == pytest.approx(growth("relu", 16), rel=1e-6)
+    l1 = growth("sigmoid", 16, norm="l1", scale=math.sqrt(math.pi / 2))
+    assert norms.lp(1).growth("sigmoid", None, 16) == pytest.approx(l1)
+    assert growth("relu", norm=norms.group(group_size=8)) == growth("relu", norm="group", num_features=8)
 
 
 def test_gain_of_weight_standardization():

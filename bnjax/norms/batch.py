@@ -11,7 +11,7 @@ import jax
 from jax.typing import ArrayLike
 
 from bnjax import batch_norm
-from bnjax.theory import mean_field
+from bnjax.theory import mean_field, norm_growth
 from bnjax.types import Norm
 
 
@@ -40,6 +40,8 @@ def batch(*, epsilon: ArrayLike = 1e-5, momentum: Real | None = 0.9, detach: Seq
         )
 
     def growth(activation, num_features=None, batch_size=None):
+        if detach:
+            return norm_growth.detached_batch(activation, batch_size) if len({*detach}) == 2 else None
         return mean_field.gradient_growth(activation, batch_size)
 
     number = epsilon if isinstance(epsilon, jax.core.Tracer | float | int) else float(epsilon)

@@ -10,7 +10,7 @@ from numbers import Real
 
 from bnjax import batch_norm, choices
 from bnjax.norms import common
-from bnjax.theory import mean_field
+from bnjax.theory import norm_growth
 from bnjax.types import Norm
 
 
@@ -53,6 +53,6 @@ def group(*, group_size: int | None = None, num_groups: int | None = None, epsil
         return common.affine(params, standard, x.dtype), stats
 
     def growth(activation, num_features=None, batch_size=None):
-        return mean_field.gradient_growth(activation, norm="group", num_features=num_features or group_size)
+        return norm_growth.growth("group", activation, num_features=num_features or group_size)
 
     return Norm(init, apply, growth=growth, config={"norm": "group", **sizes, "epsilon": epsilon})

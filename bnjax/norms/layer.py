@@ -12,7 +12,7 @@ from numbers import Real
 
 from bnjax import batch_norm
 from bnjax.norms import common
-from bnjax.theory import mean_field
+from bnjax.theory import norm_growth
 from bnjax.types import Norm
 
 
@@ -40,7 +40,7 @@ def layer(*, epsilon: Real = 1e-5, per_position: bool = False) -> Norm:
         return common.affine(params, standard, x.dtype), stats
 
     def growth(activation, num_features=None, batch_size=None):
-        return mean_field.gradient_growth(activation, norm="layer", num_features=num_features)
+        return norm_growth.growth("layer", activation, num_features=num_features)
 
     config = {"norm": "layer", "epsilon": epsilon} | ({"per_position": True} if per_position else {})
     return Norm(init, apply, growth=growth, config=config)

@@ -18,7 +18,7 @@ from jax import lax
 
 from bnjax import batch_norm
 from bnjax.norms import common
-from bnjax.theory import mean_field
+from bnjax.theory import lp_norms
 from bnjax.types import Norm
 
 NAMES = {1: "l1", 2: "l2", math.inf: "linf"}
@@ -63,7 +63,8 @@ def lp(p: Real, *, gain: Real = 1.0, momentum: Real = 0.9, epsilon: Real = 1e-5)
         return common.affine(params, y, x.dtype), stats
 
     def growth(activation, num_features=None, batch_size=None):
-        return mean_field.gradient_growth(activation, batch_size, norm=NAMES[p])
+        scale = gain / lp_norms.gaussian_spread(p, batch_size)
+        return lp_norms.lp(activation, p, batch_size, scale=scale).growth
 
     config = {"norm": NAMES[p], "gain": gain, "epsilon": epsilon, "momentum": momentum}
     return Norm(init, apply, growth=growth, config=config)

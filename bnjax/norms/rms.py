@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from bnjax import batch_norm
 from bnjax.norms import common
-from bnjax.theory import mean_field
+from bnjax.theory import norm_growth
 from bnjax.types import Norm
 
 
@@ -46,7 +46,7 @@ def rms(*, epsilon: Real = 1e-5, use_bias: bool = False, per_position: bool = Fa
         return common.affine(params, scaled * inverse, x.dtype), stats
 
     def growth(activation, num_features=None, batch_size=None):
-        return mean_field.gradient_growth(activation, norm="rms", num_features=num_features)
+        return norm_growth.growth("rms", activation, num_features=num_features)
 
     config = {"norm": "rms", "epsilon": epsilon}
     options = {"use_bias": use_bias, "per_position": per_position}

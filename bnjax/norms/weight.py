@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from bnjax import batch_norm
 from bnjax.norms import common
-from bnjax.theory import mean_field
+from bnjax.theory import norm_growth
 from bnjax.types import Norm
 
 
@@ -41,7 +41,9 @@ def weight(*, data_dependent: bool = False) -> Norm:
         return {"scale": jnp.where(inverse > 0, params["scale"] * inverse, params["scale"])}, stats
 
     def growth(activation, num_features=None, batch_size=None):
-        return mean_field.gradient_growth(activation, batch_size, norm="weight")
+        if data_dependent:
+            return norm_growth.detached_batch(activation, batch_size)
+        return norm_growth.growth("weight", activation)
 
     config = {"norm": "weight"} | ({"data_dependent": True} if data_dependent else {})
     return Norm(init, None, kernel, prepare if data_dependent else None, growth, config)

@@ -16,7 +16,7 @@ import numpy as np
 
 from bnjax import batch_norm
 from bnjax.norms import common
-from bnjax.theory import mean_field, quadrature
+from bnjax.theory import norm_growth, quadrature
 from bnjax.types import Norm
 
 
@@ -45,7 +45,7 @@ def weight_standardized(*, gain: Real | str = "relu", epsilon: Real = 1e-4) -> N
         return standard.reshape(kernel.shape).astype(kernel.dtype)
 
     def growth(activation, num_features=None, batch_size=None):
-        return mean_field.gradient_growth(activation, norm="weight_standardized")
+        return norm_growth.weight_standardized(activation, factor)
 
     return Norm(
         init, kernel=kernel, growth=growth, config={"norm": "weight_standardized", "gain": gain, "epsilon": epsilon}
