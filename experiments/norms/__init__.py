@@ -1,0 +1,5 @@
+"""Norms and networks: is it batch normalization, or any normalization?"""
+
+from experiments.norms import robust
+
+CLAIMS = (robust.CLAIM,)

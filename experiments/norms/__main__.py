@@ -1,0 +1,43 @@
+"""Is it batch normalization (BN), or any normalization? Norms x networks, trained from initializations of any scale.
+
+    python -m experiments.norms                    # all claims
+    python -m experiments.norms --claims=robust    # some
+
+    robust    the scales from which each norm trains, in fully connected, convolutional and residual networks
+
+Fully connected networks get Fashion-MNIST as it is, the others at 14 x 14 pixels. Expect some 8 minutes on 2 cores,
+half of it for compiling.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags
+
+import bnjax
+from bnjax import choices
+from experiments import claim, norms
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("dataset", "fashion_mnist_mini", f"One of {', '.join(bnjax.data.NAMES)}.")
+flags.DEFINE_string("data_dir", None, "Where prepared data sets are kept. Default: the user's cache folder.")
+flags.DEFINE_string("manual_dir", None, "Folder with a data set's original archives, instead of a download.")
+
+
+def data(settings: Sequence[Any]) -> bnjax.Dataset:
+    """The images; raises ValueError, naming the flag, for what they do not allow."""
+    choices.check("--dataset", FLAGS.dataset, bnjax.data.NAMES)
+    ds = bnjax.data.load(FLAGS.dataset, data_dir=FLAGS.data_dir, manual_dir=FLAGS.manual_dir)
+    for one in settings:
+        for field in ("batch_size", "image_batch_size"):
+            if getattr(one, field, 0) > len(ds.train_x):
+                raise ValueError(f"--{field} must be at most {len(ds.train_x)}, got {getattr(one, field)}")
+        if any(side % getattr(one, "pool", 1) for side in ds.train_x.shape[1:3]):
+            raise ValueError(f"--pool must divide the images' {ds.train_x.shape[1:3]} pixels, got {one.pool}")
+    return ds
+
+
+main = claim.script("norms", norms.CLAIMS, data)
+
+if __name__ == "__main__":
+    app.run(main)

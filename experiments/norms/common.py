@@ -1,0 +1,51 @@
+"""Networks of every family with every norm, and the images that they get."""
+
+import numpy as np
+
+import bnjax
+from bnjax import models
+from bnjax.types import Model
+
+GROUP_SIZE = 8
+NAMES = {
+    "batch": "BN",
+    "layer": "LayerNorm",
+    "group": f"GroupNorm of {GROUP_SIZE}",
+    "rms": "RMSNorm",
+    "l1": "l1 norm",
+    "linf": "l-infinity norm",
+    "weight": "weight norm",
+    "weight_standardized": "weight standardization",
+    "none": "no norm",
+}
+# Networks without a norm that have something in its place: {name: (the arguments of the family, families)}.
+FAMILIES = ("mlp", "conv", "residual")
+INSTEAD = {
+    "LSUV": ({"initializer": "lsuv"}, FAMILIES),
+    "SkipInit": ({"branch": "skipinit"}, ("residual",)),
+    "Fixup": ({"branch": "fixup"}, ("residual",)),
+}
+FROZEN = "BN, hidden frozen"
+
+
+def network(family: str, norm: str, width: int, layers: int, **options: object) -> Model:
+    """A network of that family: `width` units in `layers` layers; of images the channels double with each stride."""
+    if norm == "group":
+        options["norm"] = bnjax.norms.group(group_size=GROUP_SIZE)
+    else:
+        options["norm"] = norm
+    if family == "mlp":
+        return models.mlp((width,) * layers, **options)
+    features = tuple(width * 2**i for i in range(layers))
+    return models.conv(features, **options) if family == "conv" else models.residual(features, kind="conv", **options)
+
+
+def pooled(ds: bnjax.Dataset, side: int) -> bnjax.Dataset:
+    """Images [N, H, W, C] as the means over squares of `side` pixels a side, standardized."""
+
+    def pool(images):
+        n, height, width, channels = images.shape
+        squares = np.asarray(images).reshape(n, height // side, side, width // side, side, channels)
+        return squares.mean((2, 4), dtype=np.float32)
+
+    return bnjax.data.standardize(ds._replace(train_x=pool(ds.train_x), test_x=pool(ds.test_x)))
