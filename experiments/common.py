@@ -30,6 +30,17 @@ from bnjax import compilation, export
 from bnjax.sweeps.progress import LINE_SECONDS
 
 RESULTS = "results.zarr"
+NORM_NAMES = {
+    "batch": "BN",
+    "layer": "LayerNorm",
+    "group": "GroupNorm",
+    "rms": "RMSNorm",
+    "l1": "l1 norm",
+    "linf": "l-infinity norm",
+    "weight": "weight norm",
+    "weight_standardized": "weight standardization",
+    "none": "no norm",
+}
 MOST_VALUES = 1_000_000  # on one axis
 
 

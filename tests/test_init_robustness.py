@@ -149,6 +149,8 @@ def flagged():
         ({"initializers": "orthogonal,he_normal"}, "orthogonal, he_normal"),
         ({"norm_position": "after_activation"}, "BN after activation"),
         ({"norms": "none"}, "relu, he_normal"),
+        ({"norms": "batch,layer,none"}, "BN and LayerNorm before activation, he_normal"),
+        ({"model": "residual"}, "residual, 1 block of 8, relu"),
         ({"weight_decay": 0.01}, "weight_decay 0.01"),
         ({"epsilon": 1e-3}, "epsilon 0.001"),
         ({"scaled_layers": "all"}, "scaled_layers all"),
@@ -261,7 +263,8 @@ def test_learning_rates_and_initializers(main, capsys, tmp_path):
             {"dataset": "fashion"},
             r"unknown --dataset 'fashion'.*did you mean 'fashion_mnist'.*allowed: fashion_mnist_mini",
         ),
-        ({"norms": "batch,layer"}, "unknown norm 'layer'.*allowed: batch, none"),
+        ({"norms": "batch,layr"}, "unknown norm 'layr'.*did you mean 'layer'"),
+        ({"model": "cnov"}, "unknown model 'cnov'.*did you mean 'conv'"),
         ({"norms": ""}, "--norms is empty"),
         ({"initializers": ""}, "--initializers is empty"),
         ({"activation": "Tanh"}, "did you mean 'tanh'"),
@@ -304,6 +307,15 @@ def test_output_folder_with_other_files_is_not_touched(main, tmp_path):
     with pytest.raises(SystemExit, match=r"is not empty and holds no results\.zarr"):
         main()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_other_families_and_norms(flagged):
+    """Each norm has BN's frozen baseline; GroupNorm's groups are of 16."""
+    models, baselines = flagged(model="conv", norms="batch,layer,group", hidden_width=16, depth=2).networks()
+    assert baselines == dict.fromkeys(["BN", "LayerNorm", "GroupNorm"], "BN, hidden frozen")
+    assert {model.config["model"] for model in models.values()} == {"conv"}
+    assert models["GroupNorm"].config["features"] == [16, 16]
+    assert models["GroupNorm"].config["group_size"] == 16
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import jax
 from absl import app, flags
 
 import bnjax
-from bnjax import activations, choices, initializers, norms, training
+from bnjax import activations, choices, initializers, models, norms, training
 from bnjax.models import build
 from bnjax.sweeps import grid, store
 from experiments import common
@@ -35,8 +35,9 @@ flags.DEFINE_string(
     "Of the inputs: 'dataset', one mean and deviation for all entries, or 'feature', one for each.",
 )
 # network
-flags.DEFINE_integer("depth", 3, "Number of hidden layers.", lower_bound=1)
-flags.DEFINE_integer("hidden_width", 128, "Units per hidden layer.", lower_bound=1)
+flags.DEFINE_string("model", "mlp", f"Family of networks, one of {', '.join(models.MODELS)}.")
+flags.DEFINE_integer("depth", 3, "Number of hidden layers, or residual blocks.", lower_bound=1)
+flags.DEFINE_integer("hidden_width", 128, "Units, or channels, per hidden layer.", lower_bound=1)
 flags.DEFINE_string("activation", "relu", f"One of {', '.join(activations.ACTIVATIONS)}.")
 flags.DEFINE_list("norms", "batch,none", f"Networks to compare, of {', '.join(norms.NORMS)}.")
 flags.DEFINE_string("norm_position", "before_activation", f"One of {', '.join(build.NORM_POSITIONS)}.")
@@ -89,7 +90,7 @@ common.define_distributed()
 flags.adopt_module_key_flags(common)  # so that --helpshort shows them
 flags.DEFINE_integer("devices", None, "Local devices to use. Default: all.", lower_bound=1)
 
-NORM_NAMES = {"batch": "BN", "none": "no BN"}
+NORM_NAMES = common.NORM_NAMES | {"none": "no BN"}
 # What else tells runs apart: named in a figure's title where it is not the default.
 NAMED_FLAGS = ("train_examples", "standardize", "epsilon", "scaled_layers", "weight_decay", "data_seed")
 
@@ -165,7 +166,7 @@ def prepare(argv: list[str], folder: Path) -> Job:
         eval_every=FLAGS.eval_every,
         data_seed=FLAGS.data_seed,
     )
-    models, _ = networks()
+    compared, _ = networks()
     if FLAGS.batch_size == 1 and "batch" in FLAGS.norms:
         raise ValueError(
             "--batch_size=1 with BN: a batch of one has no variance, so BN's output is its bias whatever the "
@@ -183,9 +184,9 @@ def prepare(argv: list[str], folder: Path) -> Job:
     if FLAGS.devices is not None and FLAGS.devices > len(devices):
         raise ValueError(f"--devices must be at most the {len(devices)} that there are, got {FLAGS.devices}")
     ds = bnjax.data.load(**data_args, data_dir=FLAGS.data_dir, manual_dir=FLAGS.manual_dir)
-    for model in models.values():
+    for model in compared.values():
         training.check(model, ds, config)
-    return Job(models, ds, config, axes, hyper, data_args, devices)
+    return Job(compared, ds, config, axes, hyper, data_args, devices)
 
 
 def networks() -> tuple[dict[str, bnjax.Model], dict[str, str]]:
@@ -193,7 +194,8 @@ def networks() -> tuple[dict[str, bnjax.Model], dict[str, str]]:
     for flag in ("norms", "initializers"):
         if not FLAGS[flag].value:
             raise ValueError(f"--{flag} is empty")
-    models, baselines = {}, {}
+    choices.check("model", FLAGS.model, models.MODELS)
+    found, baselines = {}, {}
     for initializer in FLAGS.initializers:
         suffix = f", {initializer}" if len(FLAGS.initializers) > 1 else ""
         variants = [(norm, False) for norm in FLAGS.norms]
@@ -201,21 +203,25 @@ def networks() -> tuple[dict[str, bnjax.Model], dict[str, str]]:
             variants.append(("batch", True))
         for norm, frozen in variants:
             name = NORM_NAMES.get(norm, norm) + (", hidden frozen" if frozen else "") + suffix
-            if name in models:
+            if name in found:
                 raise ValueError(f"--norms and --initializers must not repeat a name, got {name!r} twice")
-            models[name] = bnjax.mlp(
-                features=(FLAGS.hidden_width,) * FLAGS.depth,
+            # Of the other norms, epsilon is something else.
+            options = {"epsilon": FLAGS.epsilon} if norm in ("batch", "none") else {}
+            found[name] = models.make(
+                FLAGS.model,
+                FLAGS.depth,
+                FLAGS.hidden_width,
                 activation=FLAGS.activation,
                 norm=norm,
                 norm_position=FLAGS.norm_position,
                 initializer=initializer,
-                epsilon=FLAGS.epsilon,
+                **options,
                 scaled_layers=FLAGS.scaled_layers,
                 freeze_hidden=frozen,
             )
         if "batch" in FLAGS.norms and FLAGS.frozen_baseline:
             baselines |= {NORM_NAMES[norm] + suffix: name for norm in FLAGS.norms}
-    return models, baselines
+    return found, baselines
 
 
 def title() -> str:
@@ -224,10 +230,13 @@ def title() -> str:
     rate = f"{rates[0]:.3g}"
     if len(rates) > 1:
         rate += f" to {rates[-1]:.3g} (best of {len(rates)} per scale)"
-    normed = [f"BN {FLAGS.norm_position.replace('_', ' ')}"] if "batch" in FLAGS.norms else []
+    normed = [NORM_NAMES[norm] for norm in FLAGS.norms if norm != "none"]
+    normed = [f"{' and '.join(normed)} {FLAGS.norm_position.replace('_', ' ')}"] if normed else []
+    layers = "block" if FLAGS.model == "residual" else "hidden layer"
     parts = [
         FLAGS.dataset,
-        f"{FLAGS.depth} hidden layer{'s' * (FLAGS.depth > 1)} of {FLAGS.hidden_width}",
+        *([FLAGS.model] if FLAGS.model != "mlp" else []),
+        f"{FLAGS.depth} {layers}{'s' * (FLAGS.depth > 1)} of {FLAGS.hidden_width}",
         FLAGS.activation,
         *normed,
         *FLAGS.initializers,

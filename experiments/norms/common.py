@@ -5,19 +5,10 @@ import numpy as np
 import bnjax
 from bnjax import models
 from bnjax.types import Model
+from experiments.common import NORM_NAMES
 
 GROUP_SIZE = 8
-NAMES = {
-    "batch": "BN",
-    "layer": "LayerNorm",
-    "group": f"GroupNorm of {GROUP_SIZE}",
-    "rms": "RMSNorm",
-    "l1": "l1 norm",
-    "linf": "l-infinity norm",
-    "weight": "weight norm",
-    "weight_standardized": "weight standardization",
-    "none": "no norm",
-}
+NAMES = NORM_NAMES | {"group": f"GroupNorm of {GROUP_SIZE}"}
 # Networks without a norm that have something in its place: {name: (the arguments of the family, families)}.
 FAMILIES = ("mlp", "conv", "residual")
 INSTEAD = {
