@@ -17,6 +17,7 @@ from experiments import (
     gradient_flow,
     jacobian_check,
     mean_field,
+    norms,
     papers,
     scale_laws,
     settings,
@@ -32,6 +33,7 @@ SCRIPTS = {
     "jacobian_check": jacobian_check.CLAIMS,
     "why_robust": why_robust.CLAIMS,
     "mean_field": mean_field.CLAIMS,
+    "norms": norms.CLAIMS,
     "papers": papers.CLAIMS,
     "scale_laws": scale_laws.CLAIMS,
 }

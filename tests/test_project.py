@@ -11,6 +11,8 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import bnjax
@@ -219,6 +221,9 @@ def test_readme_snippet(snippet, tmp_path, monkeypatch):
         accuracy = names["results"].test_accuracy.isel(step=-1)
         accuracy = accuracy.sel(model="batch") if "model" in accuracy.dims else accuracy
         assert (accuracy > 0.5).all()
+    elif "norm" in names:
+        params, stats = names["model"].init(jax.random.key(0), (28, 28, 1), 1.0)
+        assert names["model"].apply(params, stats, jnp.ones((4, 28, 28, 1)), train=True)[0].shape == (4, 10)
     else:
         assert names["J"].shape == (8, 3, 8, 3)
         assert abs(names["y"].mean()) < 1e-3

@@ -247,8 +247,8 @@ CLAIM = Claim(
         image_steps=300,
     ),
     tiny=Settings(
-        norms=("batch", "layer", "none"),
-        families=("mlp", "residual"),
+        norms=("batch", "none"),
+        families=("mlp",),
         seeds=(0, 1),
         init_scales=(0.01, 1.0, 100.0),
         rates=(1.0,),
