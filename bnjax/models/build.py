@@ -62,9 +62,8 @@ class Parts(NamedTuple):
         check("scaled_layers", scaled_layers, SCALED_LAYERS)
         phi, draw = activations.get(activation), initializers.get(initializer)
         found = _norms(norm, num_layers, norm_options)
-        acts = found[0].apply is not None
         if use_bias is None:
-            use_bias = not acts or norm_position == "after_activation"
+            use_bias = found[0].apply is None or norm_position == "after_activation"
         words = dict(found[0].config) or {"norm": "own"}
         if len(found) > 1:
             words["epsilon"] = [one.config["epsilon"] for one in found]
@@ -72,11 +71,6 @@ class Parts(NamedTuple):
         config |= {"scaled_layers": scaled_layers, "freeze_hidden": freeze_hidden, "use_bias": use_bias}
         lsuv = initializer in initializers.PREPARED
         return cls(phi, found, norm_position, draw, scaled_layers, freeze_hidden, use_bias, lsuv, words | config)
-
-    @property
-    def norm(self) -> Norm:
-        """Of all layers, or of the first."""
-        return self.norms[0]
 
 
 def _norms(norm, num_layers, options):
