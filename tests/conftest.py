@@ -5,10 +5,10 @@ import signal
 import tempfile
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 import quick
-from jaxtyping import install_import_hook
 
 quick.set_environment()
 jax.config.update("jax_num_cpu_devices", 2)
@@ -27,7 +27,18 @@ def pytest_configure(config):
     quick.use()
 
 
-with install_import_hook("bnjax", "beartype.beartype"):
+def checked(*, typechecker, of_all=jaxtyping.jaxtyped):
+    """The decorator that the import hook puts on all functions, for those that have annotations.
+
+    Others have nothing to be checked, but took a third of the time of a sweep: functions inside functions are
+    decorated at each call.
+    """
+    decorate = of_all(typechecker=typechecker)
+    return lambda one: decorate(one) if isinstance(one, type) or one.__annotations__ else one
+
+
+jaxtyping.jaxtyped = checked
+with jaxtyping.install_import_hook("bnjax", "beartype.beartype"):
     import bnjax
     from bnjax import compilation
     from bnjax.sweeps import program
