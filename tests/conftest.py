@@ -1,5 +1,6 @@
 """Shared by all tests: run-time checks of the annotated shapes, two CPU devices, small data."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -25,6 +26,13 @@ def pytest_configure(config):
         config.add_cleanup(folder.cleanup)
         os.environ["XDG_CACHE_HOME"] = folder.name
     quick.use()
+
+
+def pytest_collection_finish():
+    """What is imported stays: a collection that went through all of it took long, and there were many."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def checked(*, typechecker, of_all=jaxtyping.jaxtyped):
