@@ -381,10 +381,15 @@ def test_as_a_command(tmp_path, flag, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activation", ["relu", "sigmoid"])
-def test_main_job_at_its_defaults(tmp_path, activation):
-    """The headline on the embedded data: at 80%, BN over the whole grid of 8 decades, no BN under 3."""
-    command = [sys.executable, "-m", "experiments.init_robustness", f"--activation={activation}"]
+@pytest.mark.parametrize(
+    "options", [[], ["--activation=sigmoid", "--seeds=2", "--nofrozen_baseline"]], ids=["relu", "sigmoid"]
+)
+def test_main_job_at_its_defaults(tmp_path, options):
+    """The headline on the embedded data: at 80%, BN over the whole grid of 8 decades, no BN under 3.
+
+    Of sigmoid, only what is compared, and two of its seeds: each reaches 87% with BN at every scale.
+    """
+    command = [sys.executable, "-m", "experiments.init_robustness", *options]
     paths = [f"--out={tmp_path / 'out'}", f"--data_dir={tmp_path / 'data'}"]
     subprocess.run([*command, *paths], cwd=ROOT, check=True, capture_output=True)
     results = bnjax.load_results(tmp_path / "out" / "results.zarr")
