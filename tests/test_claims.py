@@ -46,13 +46,13 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def ds():
-    """10 classes of 16 features, as images of one row."""
+    """10 classes of 16 features, as images of 4 x 4 pixels."""
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(10, 1, 16, 1))
+    centres = rng.normal(size=(10, 4, 4, 1))
 
     def draw(count):
         y = rng.integers(10, size=count).astype(np.int32)
-        return (centres[y] + rng.normal(size=(count, 1, 16, 1))).astype(np.float32), y
+        return (centres[y] + rng.normal(size=(count, 4, 4, 1))).astype(np.float32), y
 
     return bnjax.Dataset(*draw(300), *draw(100))
 

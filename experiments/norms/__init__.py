@@ -1,5 +1,5 @@
 """Norms and networks: is it batch normalization, or any normalization?"""
 
-from experiments.norms import robust
+from experiments.norms import doubled, growth, robust
 
-CLAIMS = (robust.CLAIM,)
+CLAIMS = (doubled.CLAIM, growth.CLAIM, robust.CLAIM)

@@ -1,8 +1,10 @@
 """Is it batch normalization (BN), or any normalization? Norms x networks, trained from initializations of any scale.
 
     python -m experiments.norms                    # all claims
-    python -m experiments.norms --claims=robust    # some
+    python -m experiments.norms --claims=growth    # some
 
+    doubled   the weights' own gradient when the weights are doubled
+    growth    growth of the gradient per layer, theory against networks; which deep sigmoid networks train
     robust    the scales from which each norm trains, in fully connected, convolutional and residual networks
 
 Fully connected networks get Fashion-MNIST as it is, the others at 14 x 14 pixels. Expect some 8 minutes on 2 cores,
@@ -29,7 +31,7 @@ def data(settings: Sequence[Any]) -> bnjax.Dataset:
     choices.check("--dataset", FLAGS.dataset, bnjax.data.NAMES)
     ds = bnjax.data.load(FLAGS.dataset, data_dir=FLAGS.data_dir, manual_dir=FLAGS.manual_dir)
     for one in settings:
-        for field in ("batch_size", "image_batch_size"):
+        for field in ("batch_size", "image_batch_size", "deep_batch_size", "doubled_examples"):
             if getattr(one, field, 0) > len(ds.train_x):
                 raise ValueError(f"--{field} must be at most {len(ds.train_x)}, got {getattr(one, field)}")
         if any(side % getattr(one, "pool", 1) for side in ds.train_x.shape[1:3]):
