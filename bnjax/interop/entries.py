@@ -22,10 +22,12 @@ def template(model: Model, fan_in: int) -> dict[str, PyTree]:
       fan_in: the number of inputs.
 
     Raises:
-      ValueError: if `model` is not an mlp.
+      ValueError: if `model` is not an mlp, or has another norm than batch normalization or none.
     """
     if model.config.get("model") != "mlp":
         raise ValueError(f"model must come from bnjax.mlp, got one with config {dict(model.config)}")
+    if model.config["norm"] not in ("batch", "none"):
+        raise ValueError(f"only batch normalization and no norm are converted; the model has {model.config['norm']!r}")
     init = partial(model.init, input_shape=(fan_in,), init_scale=1.0)
     params, batch_stats = jax.eval_shape(init, jax.random.key(0))
     return {"params": params, "batch_stats": batch_stats}

@@ -302,7 +302,7 @@ CLAIM = Claim(
         deep_seeds=tuple(range(5)), deep_steps=500,
     ),
     tiny=Settings(
-        activations=("relu", "sigmoid"), batch_sizes=(8,), lp_batch_sizes=(8,), group_sizes=(8,), wide_depth=2,
+        activations=("relu",), batch_sizes=(8,), lp_batch_sizes=(8,), group_sizes=(8,), wide_depth=2,
         wide_width=32, wide_seeds=tuple(range(64)), deep_layers=4, deep_width=16, deep_rates=(0.1,), deep_seeds=(0, 1),
         deep_steps=3, deep_batch_size=20,
     ),

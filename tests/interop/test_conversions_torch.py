@@ -207,6 +207,7 @@ def flat_state():
             r"3.weight has shape \(5, 4\), expected \(4, 5\)",
         ),
         (lambda: to_from_torch.mlp_to_torch(bnjax.Model(None, None), {}, {}), "must come from bnjax.mlp"),
+        (lambda: to_from_torch.mlp_to_torch(bnjax.mlp(norm="layer"), {}, {}), "converted; the model has 'layer'"),
     ],
 )
 def test_errors_name_what_does_not_fit(convert, message):
