@@ -32,7 +32,7 @@ def pytest_collection_finish():
     """What is imported stays: a collection that went through all of it took long, and there were many."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(5_000, 10, 10)
 
 
 def checked(*, typechecker, of_all=jaxtyping.jaxtyped):
