@@ -187,7 +187,11 @@ def figure(results: xr.Dataset, settings: Settings) -> plots.Figure:
             series = {NAMES[name]: place.sel(norm=name) for name in SHOWN if name in settings.norms}
             shown.append(plots.Panel(f"{family}, {words}", "|dL/dW| after over before", series, xlabel="hidden kernel",
                                      xscale="linear", yscale="log", levels={"1/2": 0.5}))  # fmt: skip
-    return plots.panels(shown, title="The hidden weights doubled", columns=len(settings.families))
+    drawn = plots.panels(shown, title="The hidden weights doubled", columns=len(settings.families))
+    for axes, family in zip(drawn.axes, 2 * settings.families, strict=True):
+        names = results[f"{family}_layer"].values
+        axes.set_xticks(range(len(names)), names)
+    return drawn
 
 
 CLAIM = Claim(
