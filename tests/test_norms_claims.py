@@ -84,6 +84,7 @@ def test_theory_is_the_norms_own():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"norms": ("batch", "batch")}, "norms must be different ones of batch, layer, .*got 'batch,batch'"),
         ({"group_sizes": (4, 8)}, r"group_sizes takes integers from 8 to 4096, got \(4, 8\)"),
         ({"lp_batch_sizes": ()}, "lp_batch_sizes takes integers"),
         ({"wide_depth": 1}, "wide_depth must be at least 2"),
