@@ -169,6 +169,11 @@ class TestResidual:
         else:
             assert abs(slopes["block_0/1"]["multiplier"]) > 1e-4
 
+    def test_stride_of_the_stem(self):
+        model = models.residual((4,), 3, kind="conv", stem_stride=2)
+        shown = jax.eval_shape(lambda: model.layers(*model.init(KEY, IMAGE, 1.0), X, {}, train=True)[1])
+        assert shown["stem/preactivation"].shape == shown["block_0"].shape == (8, 3, 3, 4)
+
     def test_a_shortcut_to_fewer_and_more(self):
         """The mean of 2 x 2 positions, zeros in the new channels; odd images have a row of zeros more."""
         model = models.residual((4, 6), 3, kind="conv", branch="skipinit", norm="none")
@@ -275,6 +280,7 @@ def test_a_norm_of_ones_own():
         (lambda: models.conv((8,)).init(KEY, (16,), 1.0), r"model 'conv' takes images \[H, W, C\]; .* shape \(16,\)"),
         (lambda: models.residual((8, 4)), r"must not fall; got \(8, 4\)"),
         (lambda: models.residual(()), "of one block or more"),
+        (lambda: models.residual(kind="conv", stem_stride=0), "stem_stride must be a positive integer, got 0"),
         (lambda: models.residual(kind="convolution"), "unknown kind 'convolution'"),
         (lambda: models.residual(branch="fixed"), r"unknown branch 'fixed' \(did you mean 'fixup'"),
         (lambda: models.residual(kind="conv").init(KEY, (16,), 1.0), "takes images"),

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bnjax.choices import check
+from bnjax.choices import check, check_count
 from bnjax.models.build import Net, Parts, build, check_sizes
 from bnjax.models.conv import check_images
 from bnjax.types import Model
@@ -35,6 +35,7 @@ def residual(
     *,
     kind: str = "dense",
     branch: str = "plain",
+    stem_stride: int = 1,
     **parts: Any,
 ) -> Model:
     """A residual network.
@@ -44,6 +45,7 @@ def residual(
       num_outputs: K.
       kind: "dense" for examples of any shape, which are flattened, or "conv" for images [N, H, W, C].
       branch: "plain", "skipinit" or "fixup"; the last two are meant to be without a norm.
+      stem_stride: of the first convolution, of images.
       **parts: activation, norm, norm_position, initializer, scaled_layers, freeze_hidden, use_bias and the options of
         the norm, as of `bnjax.mlp`.
 
@@ -56,6 +58,7 @@ def residual(
     """
     check("kind", kind, KINDS)
     check("branch", branch, BRANCHES)
+    check_count("stem_stride", stem_stride)
     features = check_sizes(features, num_outputs)
     if not features or list(features) != sorted(features):
         raise ValueError(f"features must be of one block or more, and must not fall; got {features}")
@@ -94,13 +97,14 @@ def residual(
             check_images("residual", x)
         else:
             x = x.reshape(len(x), -1)
-        x = net.show("stem/preactivation", product(net, "stem", x, features[0]))
+        x = net.show("stem/preactivation", product(net, "stem", x, features[0], stem_stride))
         for i, width in enumerate(features):
             x = block(net, f"block_{i}", x, width)
         x = activated(net, "last", x)
         return net.readout(x.mean((1, 2)) if kind == "conv" else x, num_outputs, factor=0.0 if fixup else 1.0)
 
     config = {"model": "residual", "kind": kind, "branch": branch, "features": list(features)}
+    config |= {"stem_stride": stem_stride} if kind == "conv" else {}
     return build(forward, made, {**config, "num_outputs": num_outputs})
 
 

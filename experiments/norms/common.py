@@ -28,7 +28,9 @@ def network(family: str, norm: str, width: int, layers: int, **options: object) 
     if family == "mlp":
         return models.mlp((width,) * layers, **options)
     features = tuple(width * 2**i for i in range(layers))
-    return models.conv(features, **options) if family == "conv" else models.residual(features, kind="conv", **options)
+    if family == "conv":
+        return models.conv(features, **options)
+    return models.residual(features, kind="conv", stem_stride=2, **options)
 
 
 def pooled(ds: bnjax.Dataset, side: int) -> bnjax.Dataset:
