@@ -39,10 +39,10 @@ def rms(*, epsilon: Real = 1e-5, use_bias: bool = False, per_position: bool = Fa
         if valid is not None:
             wide = jnp.where(valid, wide, 0)
         magnitude = jnp.abs(wide).max(axes, keepdims=True, initial=0)
-        unit = common.unit_of(jnp.maximum(magnitude, epsilon**0.5))
-        scaled = wide / unit  # no square of it overflows or vanishes
+        per_unit = 1 / common.unit_of(jnp.maximum(magnitude, epsilon**0.5))
+        scaled = wide * per_unit  # no square of it overflows or vanishes
         square = common.mean_over(jnp.square(scaled), axes, valid)
-        inverse = batch_norm.reciprocal_sqrt(square + epsilon / unit / unit)
+        inverse = batch_norm.reciprocal_sqrt(square + epsilon * per_unit * per_unit)
         return common.affine(params, scaled * inverse, x.dtype), stats
 
     def growth(activation, num_features=None, batch_size=None):

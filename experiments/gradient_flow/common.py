@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 import bnjax
-from bnjax import activations, choices, losses, norms, probes
+from bnjax import activations, choices, losses, probes
 from bnjax.findings import number
 from bnjax.theory.mean_field import init_scale_threshold
 from experiments import common
@@ -31,7 +31,7 @@ class Settings:
     """Of all claims."""
 
     activations: tuple[str, ...] = setting(("relu", "tanh", "sigmoid"), f"Of {', '.join(activations.ACTIVATIONS)}.")
-    norms: tuple[str, ...] = setting(("batch", "none"), f"Of {', '.join(norms.NORMS)}.")
+    norms: tuple[str, ...] = setting(("batch", "none"), f"Of {', '.join(NORM_NAMES)}.")
     depths: tuple[int, ...] = setting((3, 6), "Numbers of hidden layers.")
     hidden_width: int = setting(128, "Units per hidden layer.")
     epsilon: float = setting(1e-5, "Batch normalization's, inside the square root.")
@@ -48,7 +48,7 @@ class Settings:
     learning_rate: float = setting(0.1, "Of the training, SGD with momentum 0.9.")
 
     def __post_init__(self):
-        for kind, *allowed in (("activation", activations.ACTIVATIONS, activations.ALIASES), ("norm", norms.NORMS)):
+        for kind, *allowed in (("activation", activations.ACTIVATIONS, activations.ALIASES), ("norm", NORM_NAMES)):
             names = getattr(self, f"{kind}s")
             words = f"must name at least one, and none twice, got {','.join(names)!r}"
             require(all(names) and len({*names}) == len(names), f"{kind}s", words)
