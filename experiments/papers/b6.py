@@ -22,7 +22,7 @@ class Settings:
 
     num_factors: tuple[int, ...] = setting((1, 2, 3, 5), "Numbers of factors of the wide products.")
     width: int = setting(512, "Width of the wide products.")
-    seeds: tuple[int, ...] = setting(tuple(range(10)), "Seeds of the wide products.", common.parse_seeds)
+    seeds: tuple[int, ...] = setting(tuple(range(60)), "Seeds of the wide products.", common.parse_seeds)
     deep_factors: int = setting(25, "Number of factors of the deep products.")
     deep_width: int = setting(10, "Width of the deep products.")
     deep_products: int = setting(200, "How many deep products.")
@@ -116,7 +116,7 @@ CLAIM = Claim(
     "Newman 1986.",
     settings=Settings,
     quick=Settings(),
-    full=Settings(width=1024, seeds=tuple(range(20)), deep_products=2000),
+    full=Settings(width=1024, deep_products=2000),
     tiny=Settings(num_factors=(1, 2), width=32, seeds=(0, 1), deep_products=5),
     measure=measure,
     judge=judge,
