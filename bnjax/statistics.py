@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnjax import choices
+from bnjax import choices, tracing
 from bnjax.networks import as_model
 from bnjax.types import Array, PyTree
 
@@ -38,6 +38,8 @@ def recompute_statistics(
       x: examples [N, ...], in the order in which they are put into batches.
       batch_size: examples in a batch; those left at the end are dropped. None: all N, in one batch.
 
+    It is compiled itself, and cannot be traced.
+
     Returns:
       `batch_stats` with new running values: at `batch_size` None the batch statistics of x. In float32
       they are good to some 1e-7 / w (1e-6 at a momentum of 0.9).
@@ -49,6 +51,8 @@ def recompute_statistics(
     model, count = as_model(model), len(x)
     size = count if batch_size is None else batch_size
     choices.check_count("batch_size", size)
+    if size < 2:
+        raise ValueError(f"batch_size must be at least 2, got {size}: one example has no variance")
     if size > count:
         raise ValueError(f"batch_size must be at most the {count} examples of x, got {size}")
     moving = _moving(model.apply, params, batch_stats, x[:size])
@@ -67,13 +71,11 @@ def recompute_statistics(
 
 
 def _moving(apply: Callable, params: PyTree, batch_stats: PyTree, x: Array) -> tuple[bool, ...]:
-    """For each leaf of the state: True for a float that a training pass replaces."""
-    closed = jax.make_jaxpr(lambda *args: apply(*args, train=True)[1])(params, batch_stats, x)
-    first = len(jax.tree.leaves(params))
-    leaves = jax.tree.leaves(batch_stats)
-    before, after = closed.jaxpr.invars[first : first + len(leaves)], closed.jaxpr.outvars
-    floats = (jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves)
-    return tuple(one is not other and real for one, other, real in zip(before, after, floats, strict=True))
+    """For each leaf of the state: True for a float that after a training pass depends on the batch."""
+    _, origins = tracing.dependent(lambda *args: apply(*args, train=True)[1], params, batch_stats, x)
+    floats = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in jax.tree.leaves(batch_stats)]
+    depends = jax.tree.leaves(origins, is_leaf=lambda one: isinstance(one, frozenset))
+    return tuple(2 in on and real for on, real in zip(depends, floats, strict=True))
 
 
 def _placed(leaves, moving, values):

@@ -88,8 +88,8 @@ class Norm(NamedTuple):
     kernel: (params, kernel) -> the kernel by which the layer multiplies.
     prepare: of a norm of kernels: (params, stats, x) -> (params, stats), once, before the first step; x [N, ..., C] is
         what the layer gives for the first batch, without its bias, which then starts at minus its mean.
-    growth: (activation, num_features, batch_size) -> the growth per layer of the squared gradient norm
-        (`bnjax.theory.mean_field.gradient_growth`).
+    growth: (activation, num_features, batch_size) -> the growth per layer of the squared gradient norm, with epsilon
+        taken as 0 (`bnjax.theory.mean_field.gradient_growth`); None for what it does not know.
     config: the norm in words, as JSON holds them; "norm" is its name.
     """
 
@@ -97,8 +97,12 @@ class Norm(NamedTuple):
     apply: Callable[..., tuple[jax.Array, PyTree]] | None = None
     kernel: Callable[[PyTree, jax.Array], jax.Array] | None = None
     prepare: Callable[[PyTree, PyTree, jax.Array], tuple[PyTree, PyTree]] | None = None
-    growth: Callable[..., float] | None = None
+    growth: Callable[..., float | None] | None = None
     config: Mapping[str, Any] = {}
+
+    def __repr__(self) -> str:
+        """In its own words."""
+        return f"Norm({', '.join(f'{name}={value!r}' for name, value in self.config.items())})"
 
 
 def takes_extra(function: Callable) -> bool:

@@ -175,12 +175,12 @@ class TestResidual:
         assert shown["stem/preactivation"].shape == shown["block_0"].shape == (8, 3, 3, 4)
 
     def test_a_shortcut_to_fewer_and_more(self):
-        """The mean of 2 x 2 positions, zeros in the new channels; odd images have a row of zeros more."""
+        """The mean of 2 x 2 positions, of those that there are in odd images; zeros in the new channels."""
         model = models.residual((4, 6), 3, kind="conv", branch="skipinit", norm="none")
         x = X[:, :5, :5]
         params, stats = model.init(KEY, (5, 5, 1), 1.0)
         _, shown = model.layers(params, stats, x, {}, train=True)
-        stem = np.pad(shown["stem/preactivation"], ((0, 0), (0, 1), (0, 1), (0, 0)))
+        stem = np.pad(shown["stem/preactivation"], ((0, 0), (0, 1), (0, 1), (0, 0)), mode="edge")
         means = sum(stem[:, i::2, j::2] for i, j in np.ndindex(2, 2)) / 4
         np.testing.assert_allclose(shown["block_1"], np.pad(means, ((0, 0),) * 3 + ((0, 2),)), rtol=1e-5, atol=1e-6)
 
@@ -191,7 +191,7 @@ class TestPrepare:
         """Every product has variance 1 for that batch, whatever the scale; and nothing else changes."""
         model = network(family, initializer="lsuv", norm="none")
         found = []
-        for scale in (1e-3, 30.0):
+        for scale in (1e-25, 30.0):
             state = model.init(KEY, IMAGE, scale)
             prepared = model.prepare(*state, X)
             assert shapes(prepared) == shapes(state)
@@ -232,12 +232,30 @@ class TestPrepare:
 
     @pytest.mark.parametrize(
         ("x", "words"),
-        [(X[:1], r"at least 2 examples; got x \(1, 6, 6, 1\)"), (jnp.ones((4, *IMAGE)), "all entries .* are 1.0")],
+        [
+            (X[:1], r"at least 2 examples; got x \(1, 6, 6, 1\)"),
+            (jnp.ones((4, *IMAGE)), "those of x .* are all the same"),
+        ],
     )
     def test_bad_batches(self, x, words):
         model = network("mlp", initializer="lsuv")
         with pytest.raises(ValueError, match=words):
             model.prepare(*model.init(KEY, IMAGE, 1.0), x)
+
+    def test_kernels_of_zeros_stay(self):
+        """Those of Fixup, whose products have no variance."""
+        model = models.residual((8, 8), 3, norm="none", branch="fixup", initializer="lsuv")
+        params, _ = model.prepare(*model.init(KEY, IMAGE, 1.0), X)
+        np.testing.assert_array_equal(params["block_0/1"]["kernel"], 0)
+        assert jax.tree.all(jax.tree.map(lambda a: np.isfinite(a).all(), params))
+
+    def test_data_that_cannot_prepare(self, blobs):
+        model, axes = bnjax.mlp((8,), 4, initializer="lsuv"), {"seed": [0]}
+        with pytest.raises(ValueError, match="batch_size must be at least 2 for a network that its first batch"):
+            bnjax.sweep(model, blobs, bnjax.TrainConfig(steps=1, batch_size=1), axes)
+        same = blobs._replace(train_x=np.ones_like(blobs.train_x))
+        with pytest.raises(ValueError, match="train_x has examples that are all the same"):
+            bnjax.sweep(model, same, bnjax.TrainConfig(steps=1, batch_size=32), axes)
 
     def test_none_is_needed(self):
         assert network("mlp").prepare is None
@@ -260,7 +278,12 @@ def test_a_norm_of_ones_own():
     np.testing.assert_allclose(model.apply(params, after, X, train=False)[0], outputs, rtol=1e-5)
     assert model.config["norm"] == "own"
 
+    plain = bnjax.mlp((8,), 3, norm=Norm(lambda shape: (None, None), lambda p, s, x, *, train, mask=None: (x, s)))
+    params, stats = plain.init(KEY, IMAGE, 1.0)
+    assert shapes(plain.apply(params, stats, X, train=True)[1]) == shapes(stats)
+
     for wrong, words in (
+        (lambda p, s, x, *, train, mask=None: (x, {"largest": jnp.ones(3)}), r"init makes .*\(\).* apply returns .*3"),
         (lambda p, s, x, *, train, mask=None: (x, {}), "init makes statistics .*largest.* apply returns"),
         (lambda p, s, x, *, train, mask=None: (x[:, :1], s), r"must return the shape of x, \(2, 8\); got \(2, 1\)"),
     ):
@@ -271,6 +294,14 @@ def test_a_norm_of_ones_own():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda: bnjax.mlp(initializer="lsuv", norm="weight"), "'lsuv' has no effect beside norm 'weight'"),
+        (lambda: models.residual(branch="fixup", norm="weight"), "'fixup' starts kernels at 0, .* norm 'weight' does"),
+        (lambda: models.residual(branch="fixup", freeze_hidden=True), "from where freeze_hidden does not"),
+        (lambda: models.residual(stem_stride=2), "stem_stride .* with kind 'dense' it must be 1, got 2"),
+        (
+            lambda: bnjax.mlp((8,)).apply(*bnjax.mlp((8,)).init(KEY, (5,), 1.0), jnp.ones((4, 6)), train=True),
+            r"hidden_0: x has 6 features, which the kernel \(5, 8\) does not take",
+        ),
         (lambda: models.get("cnov"), r"unknown model 'cnov' \(did you mean 'conv'\?\); allowed: mlp, deep, conv, res"),
         (lambda: models.deep(1), "depth must be at least 2, got 1"),
         (lambda: models.deep(5, epsilon=np.ones(5)), r"epsilon must be one number, got shape \(5,\)"),

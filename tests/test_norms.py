@@ -1,5 +1,6 @@
 """Every norm of the table: its definition in float64, its derivative, its range; parity with Flax and PyTorch."""
 
+import json
 import math
 from pathlib import Path
 
@@ -151,6 +152,7 @@ def test_masked_positions_have_no_influence(name):
     found = of(x)
     np.testing.assert_allclose(found[:, :4], jax.jit(function(norm, x.shape))(x[:, :4]), rtol=1e-5, atol=1e-5)
     changed = np.where(mask, x, np.nan)
+    np.testing.assert_array_equal(of(changed)[:, 4:], 0)
     np.testing.assert_array_equal(of(changed)[:, :4], found[:, :4])
     slope = jax.jit(jax.grad(lambda x: (of(x) * other)[:, :4].sum()))(x)
     np.testing.assert_array_equal(slope[:, 4:], 0)
@@ -189,6 +191,54 @@ def test_what_is_constant_gives_zero_and_no_nan(name):
     for x in (jnp.zeros((4, 16)),):
         np.testing.assert_array_equal(of(x), 0)
         assert np.isfinite(jax.grad(lambda x: of(x).sum())(x)).all()
+
+
+@pytest.mark.parametrize("name", ["l1", "linf", "rms", "batch"])
+def test_the_gradient_at_zero_is_that_of_epsilon(name):
+    """Where x is far below epsilon: 1 / epsilon of the projected cotangent, 1 / sqrt(epsilon) for BN and RMSNorm."""
+    _, cotangent = draw((6, 8))
+    of = function(norms.get(name, epsilon=1e-4), (6, 8))
+    _, slope = pulled(of, np.zeros((6, 8), np.float32), 1e-6 * cotangent)
+    centred = cotangent - cotangent.mean(0) if name != "rms" else cotangent
+    np.testing.assert_allclose(slope, 1e-6 * centred * (1e4 if name[0] == "l" else 1e2), rtol=1e-4, atol=1e-7)
+
+
+def test_masked_batches_without_a_spread_leave_the_statistics():
+    norm, x = norms.lp(1, momentum=0.5), draw((6, 8))[0]
+    params, stats = norm.init((8, 8))
+    _, none = norm.apply(params, stats, x, train=True, mask=np.zeros((6, 1), bool))
+    jax.tree.map(np.testing.assert_array_equal, none, stats)
+    _, one = norm.apply(params, stats, x, train=True, mask=np.arange(6)[:, None] == 2)
+    np.testing.assert_array_equal(one["spread"], 1)
+    np.testing.assert_allclose(one["mean"], x[2] / 2, rtol=1e-6)
+
+
+def test_floor_of_weight_standardization():
+    """Far below it a unit's length is its own over sqrt(epsilon), times the gain; far above the gain."""
+    kernel = draw((6, 8))[0]
+    centred = kernel - kernel.mean(0)
+    of = jax.jit(function(norms.weight_standardized(gain=1.5, epsilon=1e-4), (6, 8)))
+    np.testing.assert_allclose(of(1e-6 * kernel), 1.5e-4 * centred, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(jnp.linalg.norm(of(kernel), axis=0), 1.5, rtol=1e-5)
+
+
+def test_bfloat16_is_rounded_once():
+    """The error of rounding the result: at most 2^-9 of it, and twice that where x itself was rounded."""
+    x = jnp.asarray(draw((6, 64))[0], jnp.bfloat16)
+    params = {"scale": jnp.full(64, 1.3), "bias": jnp.full(64, 0.7)}
+    for norm in (norms.layer(), norms.group(group_size=8), norms.rms(use_bias=True)):
+        exact = norm.apply(params, {}, x.astype(jnp.float32), train=True)[0]
+        found = norm.apply(params, {}, x, train=True)[0]
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_config_is_what_json_holds():
+    for name in norms.NORMS:
+        options = {} if name == "weight" else {"epsilon": np.float32(1e-3)}
+        assert json.loads(json.dumps(norms.get(name, **options).config))["norm"] == name
+    assert json.loads(json.dumps(bnjax.mlp((8, 8), norm="rms", epsilon=jnp.array([0.5, 0.25])).config))
+    assert repr(norms.rms()) == "Norm(norm='rms', epsilon=1e-05)"
 
 
 def test_a_scale_and_a_bias_are_applied():
@@ -259,6 +309,8 @@ def test_growth_is_the_theory_of_that_norm():
     assert norms.weight().growth("relu") == pytest.approx(0.5)
     assert norms.weight(data_dependent=True).growth("relu") == pytest.approx(math.pi / (math.pi - 1))
     assert norms.weight_standardized().growth("relu") == pytest.approx(math.pi / (math.pi - 1))
+    assert norms.none().growth("tanh") == growth("tanh", norm="none")
+    assert norms.group(num_groups=4).growth("relu") is None
     assert norms.lp(2).growth("relu", None, 16) == pytest.approx(growth("relu", 16), rel=1e-6)
     l1 = growth("sigmoid", 16, norm="l1", scale=math.sqrt(math.pi / 2))
     assert norms.lp(1).growth("sigmoid", None, 16) == pytest.approx(l1)
@@ -278,7 +330,7 @@ def test_gain_of_weight_standardization():
         (lambda: norms.get("l1", p=2), r"norm 'l1' takes gain, momentum, epsilon; got \['p'\]"),
         (lambda: norms.get(norms.rms(), epsilon=0.1), "epsilon must be given to the norm itself, .*rms"),
         (lambda: norms.get(norms.rms()._replace(kernel=lambda p, k: k)), "has both functions"),
-        (lambda: norms.group(group_size=4, num_groups=2), "exactly one of group_size and num_groups: got 4 and 2"),
+        (lambda: norms.group(group_size=4, num_groups=2), "at most one of group_size and num_groups: got 4 and 2"),
         (lambda: norms.group(num_groups=0), "num_groups must be a positive integer, got 0"),
         (lambda: norms.group(group_size=3).init((5, 8)), "group_size=3 does not divide the 8 features"),
         (lambda: norms.group(num_groups=16).init((5, 8)), "num_groups=16 does not divide the 8 features"),
@@ -286,6 +338,8 @@ def test_gain_of_weight_standardization():
         (lambda: norms.lp(3), "p must be 1, 2 or infinity, got 3"),
         (lambda: norms.lp(1, gain=0.0), "gain must be above 0"),
         (lambda: norms.lp(1, momentum=1.5), "momentum .* got 1.5"),
+        (lambda: norms.none(momentum=5.0), r"momentum .* must be None or in \[0, 1\], got 5.0"),
+        (lambda: norms.get(norms.rms()._replace(prepare=lambda p, s, x: (p, s))), "prepare is for norms of kernels"),
         (lambda: norms.weight_standardized(gain=-1.0), "gain must be above 0"),
         (lambda: norms.weight_standardized(gain="rlu"), "unknown activation 'rlu'"),
         (lambda: function(norms.layer(), (4, 1))(jnp.ones((4, 1))), "a single entry to standardize per example"),

@@ -79,7 +79,7 @@ def test_full_settings_are_the_main_experiments():
         ({"families": ("deep",)}, "families must be of mlp, conv, residual, got deep"),
         ({"families": ()}, "families must be different names"),
         ({"rate_scales": (0.5,)}, "rate_scales must be of the init_scales"),
-        ({"channels": 4, "norms": ("batch", "group")}, "channels must be at least 8, got 4"),
+        ({"channels": 4, "norms": ("batch", "group")}, "channels must be a multiple of 8 with GroupNorm, got 4"),
         ({"image_batch_size": 1}, "image_batch_size must be at least 2, got 1"),
     ],
 )

@@ -59,6 +59,15 @@ def test_a_flax_network():
     np.testing.assert_allclose(found["BatchNorm_0"]["var"], z.var(0), rtol=1e-4)
 
 
+def test_a_compiled_network():
+    """Frozen kernels are none of the running values, though `jit` returns them as outputs."""
+    model = network(freeze_hidden=True)
+    params, stats = model.init(jax.random.key(0), (12,), 1.0)
+    compiled = model._replace(apply=jax.jit(model.apply, static_argnames="train"))
+    found, right = (bnjax.recompute_statistics(one, params, stats, X) for one in (compiled, model))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, right)
+
+
 def test_a_network_without_any():
     params, stats = network(norm="layer").init(jax.random.key(0), (12,), 1.0)
     assert bnjax.recompute_statistics(network(norm="layer"), params, stats, X) is stats
@@ -68,6 +77,7 @@ def test_a_network_without_any():
     ("options", "size", "words"),
     [
         ({}, 71, "batch_size must be at most the 70 examples of x, got 71"),
+        ({}, 1, "batch_size must be at least 2, got 1"),
         ({}, 0, "batch_size must be a positive integer, got 0"),
         ({"momentum": 1.0}, 70, r"moves by the weight 0.0 of a batch, not in \(0, 1\]"),
     ],

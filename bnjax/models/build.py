@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bnjax import activations, initializers, norms
+from bnjax import activations, batch_norm, initializers, norms
 from bnjax.choices import check
 from bnjax.types import Array, Model, Norm
 
@@ -70,6 +70,8 @@ class Parts(NamedTuple):
         config = {"activation": activation, "norm_position": norm_position, "initializer": initializer}
         config |= {"scaled_layers": scaled_layers, "freeze_hidden": freeze_hidden, "use_bias": use_bias}
         lsuv = initializer in initializers.PREPARED
+        if lsuv and found[0].kernel is not None:
+            raise ValueError(f"initializer {initializer!r} has no effect beside norm {words['norm']!r}: choose one")
         return cls(phi, found, norm_position, draw, scaled_layers, freeze_hidden, use_bias, lsuv, words | config)
 
 
@@ -132,7 +134,7 @@ def build(forward: Callable[["Net", jax.Array], jax.Array], parts: Parts, config
         return net.params, net.batch_stats
 
     needed = parts.lsuv or any(one.prepare for one in parts.norms)
-    return Model(init, apply, layers, {**config, **parts.config}, prepare if needed else None)
+    return Model(init, apply, layers, {**parts.config, **config}, prepare if needed else None)
 
 
 OUTPUT = "output"  # the last layer
@@ -180,11 +182,10 @@ class Net:
             return x
         params, stats = self._norm_state(layer, norm, (1, x.shape[-1]))
         y, new = norm.apply(params, stats, x, train=self.train)
-        if jax.tree.structure(new) != jax.tree.structure(stats):
-            name, *trees = norm.config.get("norm", "own"), jax.tree.structure(stats), jax.tree.structure(new)
-            raise ValueError(f"norm {name!r}: init makes statistics {trees[0]}, apply returns {trees[1]}")
+        name = norm.config.get("norm", "own")
+        if _form(new) != _form(stats):
+            raise ValueError(f"norm {name!r}: init makes statistics {_form(stats)}, apply returns {_form(new)}")
         if y.shape != x.shape:
-            name = norm.config.get("norm", "own")
             raise ValueError(f"norm {name!r}: apply must return the shape of x, {x.shape}; got {y.shape}")
         if "norm" in self.batch_stats.get(layer, {}):
             self.new_stats[layer]["norm"] = new
@@ -192,7 +193,10 @@ class Net:
 
     def activated(self, layer: str, x: Array) -> jax.Array:
         """phi(norm(x)) or norm(phi(x)), of what that layer's product gives."""
-        x = self.show(f"{layer}/preactivation", x)
+        return self.nonlinear(layer, self.show(f"{layer}/preactivation", x))
+
+    def nonlinear(self, layer: str, x: Array) -> jax.Array:
+        """The same, of anything."""
         if self.parts.norm_position == "before_activation":
             x = self.norm(layer, x)
         x = self.show(f"{layer}/activation", self.parts.activation(x))
@@ -250,30 +254,35 @@ class Net:
         if self.preparing and self.parts.lsuv:
             x = multiply(self._unit_variance(layer, drawn, x))
         if self.preparing and norm.prepare is not None:
-            params, _ = norm.prepare(params, stats, x)
-            self._set(layer, "norm", params)
-            x = multiply(norm.kernel(params, drawn))
+            for tree, new in zip((self.params, self.batch_stats), norm.prepare(params, stats, x), strict=True):
+                if "norm" in tree[layer]:
+                    tree[layer] = tree[layer] | {"norm": _as(new, tree[layer]["norm"])}
+            x = multiply(norm.kernel(self.params[layer].get("norm", params), drawn))
             if self.parts.use_bias:
-                self._set(layer, "bias", -x.mean(range(x.ndim - 1)))
+                bias = _as(-x.mean(range(x.ndim - 1)), self.params[layer]["bias"])
+                self.params[layer] = self.params[layer] | {"bias": bias}
         if self.parts.use_bias:
             x = x + self.parameter(layer, "bias", shape[-1:])
         return x
 
     def _unit_variance(self, layer, kernel, x):
-        """LSUV: the kernel for which x, the product with it, has variance 1 over batch and units."""
-        kernel = kernel / jnp.sqrt(jnp.square(x - x.mean()).mean())
-        self._set(layer, "kernel", kernel)
+        """LSUV: the kernel for which x, the product with it, has variance 1 over batch and units; itself at 0."""
+        _, inverse = batch_norm.standardize(x.reshape(-1, 1), 0.0)  # whatever the size of x
+        kernel = _as(jnp.where(inverse > 0, kernel * inverse.reshape(()), kernel), kernel)
+        tree = self.params if "kernel" in self.params[layer] else self.batch_stats
+        tree[layer] = tree[layer] | {"kernel": kernel}
         return kernel
 
-    def _set(self, layer, name, value):
-        tree = self.params if name in self.params[layer] else self.batch_stats
-        tree[layer] = tree[layer] | {name: value}
-
     def _kernel(self, layer, shape, factor):
-        return (self.params if "kernel" in self.params[layer] else self.batch_stats)[layer]["kernel"]
+        kernel = (self.params if "kernel" in self.params[layer] else self.batch_stats)[layer]["kernel"]
+        if kernel.shape != shape:
+            raise ValueError(f"{layer}: x has {shape[-2]} features, which the kernel {kernel.shape} does not take")
+        return kernel
 
     def _norm_state(self, layer, norm, shape):
-        return self.params[layer].get("norm", {}), self.batch_stats.get(layer, {}).get("norm", {})
+        """As `init` makes it: trees without arrays are not stored."""
+        stored = (tree.get(layer, {}).get("norm") for tree in (self.params, self.batch_stats))
+        return tuple(norm.init(shape)[i] if one is None else one for i, one in enumerate(stored))
 
 
 class _Drawing(Net):
@@ -319,6 +328,15 @@ class _Drawing(Net):
         return x
 
 
+def _form(tree):
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)), tree)
+
+
+def _as(new, old):
+    """Arrays of the types of the old ones."""
+    return jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), new, old)
+
+
 def _stacked(make, shifts, key, init_scale, shift):
     return jax.vmap(lambda one: make(key, init_scale, one))(shifts + np.uint32(shift))
 
@@ -337,5 +355,5 @@ def _check_batch(x):
     """Raises ValueError for a batch by which no network can be prepared."""
     if x.shape[0] < 2:
         raise ValueError(f"a network is prepared with a batch of at least 2 examples; got x {x.shape}")
-    if not isinstance(x, jax.core.Tracer) and (low := float(x.min())) == float(x.max()):
-        raise ValueError(f"a network is prepared with examples that differ; all entries of x {x.shape} are {low}")
+    if not isinstance(x, jax.core.Tracer) and bool((x == x[:1]).all()):
+        raise ValueError(f"a network is prepared with examples that differ; those of x {x.shape} are all the same")

@@ -1,4 +1,4 @@
-"""Residual networks of pre-activation blocks (He et al. 2016), dense or convolutional.
+"""Residual networks of pre-activation blocks (He et al. 2016b, "Identity mappings"), dense or convolutional.
 
     x_0 = stem(x)        x_{l+1} = shortcut(x_l) + branch_l(x_l)        outputs = mean of phi(norm(x_L)) W + b
     branch(x) = W_2 phi(norm(W_1 phi(norm(x))))      (with `norm_position="after_activation"`, norm(phi(...)))
@@ -8,9 +8,9 @@ The branch is one of
     plain       as above
     skipinit    times a learned scalar that starts at 0 (De & Smith 2020)
     fixup       W_1 times L^(-1/2), W_2 and the readout start at 0; a learned scalar multiplier, and scalar biases
-                before each product and each activation (Zhang, Dauphin & Ma 2019, for branches of two layers)
+                before the products and activations of stem and blocks (Zhang, Dauphin & Ma 2019, two layers a branch)
 
-Where the number of channels grows, the shortcut has zeros in the new ones (He et al. 2016, option A); of images it is
+Where the number of channels grows, the shortcut has zeros in the new ones (He et al. 2016a, option A); of images it is
 then the mean over 2 x 2 positions, and the branch has stride 2.
 """
 
@@ -64,6 +64,11 @@ def residual(
         raise ValueError(f"features must be of one block or more, and must not fall; got {features}")
     made = Parts.make(**parts)
     fixup = branch == "fixup"
+    if fixup and (made.norms[0].kernel is not None or made.freeze_hidden):
+        what = "freeze_hidden" if made.freeze_hidden else f"norm {made.config['norm']!r}"
+        raise ValueError(f"branch 'fixup' starts kernels at 0, from where {what} does not let them go")
+    if kind == "dense" and stem_stride != 1:
+        raise ValueError(f"stem_stride is that of a convolution; with kind 'dense' it must be 1, got {stem_stride}")
 
     def shifted(net, layer, name, x):
         return x + net.parameter(layer, name, ()) if fixup else x
@@ -75,11 +80,7 @@ def residual(
         return net.conv(layer, x, width, stride=stride, factor=factor)
 
     def activated(net, layer, x):
-        x = shifted(net, layer, "activation_bias", x)
-        if made.norm_position == "before_activation":
-            x = net.norm(layer, x)
-        x = net.show(f"{layer}/activation", made.activation(x))
-        return net.norm(layer, x) if made.norm_position == "after_activation" else x
+        return net.nonlinear(layer, shifted(net, layer, "activation_bias", x))
 
     def block(net, name, x, width):
         stride = 2 if kind == "conv" and width > x.shape[-1] else 1
@@ -111,6 +112,6 @@ def residual(
 def _shortcut(x: jax.Array, width: int, stride: int) -> jax.Array:
     if stride == 2:
         height, across = (size + size % 2 for size in x.shape[1:3])
-        x = jnp.pad(x, ((0, 0), (0, height - x.shape[1]), (0, across - x.shape[2]), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (0, height - x.shape[1]), (0, across - x.shape[2]), (0, 0)), mode="edge")
         x = x.reshape(len(x), height // 2, 2, across // 2, 2, -1).mean((2, 4))
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])

@@ -70,13 +70,15 @@ def get(norm: str | Norm, **options: Any) -> Norm:
 
     Raises:
       ValueError: for an unknown name, an option that the norm does not have or that is out of range, options beside a
-        value, or a value that acts on kernels and on activations.
+        value, or a value that acts on kernels and on activations, or is prepared without a kernel.
     """
     if isinstance(norm, Norm):
         if options:
             raise ValueError(f"{', '.join(options)} must be given to the norm itself, {norm.config or norm}")
         if norm.apply is not None and norm.kernel is not None:
             raise ValueError(f"a norm acts on kernels or on activations; {norm.config or norm} has both functions")
+        if norm.prepare is not None and norm.kernel is None:
+            raise ValueError(f"prepare is for norms of kernels; {norm.config or norm} has no kernel")
         return norm
     make = choose("norm", norm, NORMS)
     taken = inspect.signature({"l1": lp, "linf": lp}.get(norm, make)).parameters

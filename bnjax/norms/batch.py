@@ -7,10 +7,10 @@ Equation, derivative and rival conventions: `bnjax.batch_norm`.
 from collections.abc import Sequence
 from numbers import Real
 
-import jax
 from jax.typing import ArrayLike
 
 from bnjax import batch_norm
+from bnjax.norms import common
 from bnjax.theory import mean_field, norm_growth
 from bnjax.types import Norm
 
@@ -28,8 +28,7 @@ def batch(*, epsilon: ArrayLike = 1e-5, momentum: Real | None = 0.9, detach: Seq
     """
     batch_norm.check_epsilon(epsilon)
     batch_norm.check_detach(detach)
-    if momentum is not None and not 0 <= momentum <= 1:
-        raise ValueError(f"momentum (of the running statistics) must be None or in [0, 1], got {momentum}")
+    common.check_momentum(momentum)
 
     def init(shape):
         return batch_norm.init(shape[-1])
@@ -44,6 +43,5 @@ def batch(*, epsilon: ArrayLike = 1e-5, momentum: Real | None = 0.9, detach: Seq
             return norm_growth.detached_batch(activation, batch_size) if len({*detach}) == 2 else None
         return mean_field.gradient_growth(activation, batch_size)
 
-    number = epsilon if isinstance(epsilon, jax.core.Tracer | float | int) else float(epsilon)
-    config = {"norm": "batch", "epsilon": number, "momentum": momentum}
+    config = {"norm": "batch", "epsilon": common.number(epsilon), "momentum": momentum}
     return Norm(init, apply, growth=growth, config=config | ({"detach": list(detach)} if detach else {}))

@@ -1,14 +1,30 @@
 """Shared by the norms: scale and bias, statistics of each example, units in which no square overflows."""
 
+import math
 from collections.abc import Mapping
+from numbers import Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Num
 
 from bnjax import batch_norm
 from bnjax.types import Array
+
+
+def check_momentum(momentum: Real | None, *, optional: bool = True) -> None:
+    """Raises ValueError unless it is in [0, 1], or None where that is taken."""
+    if (momentum is None and not optional) or (momentum is not None and not 0 <= momentum <= 1):
+        allowed = "None or in [0, 1]" if optional else "in [0, 1]"
+        raise ValueError(f"momentum (of the running statistics) must be {allowed}, got {momentum}")
+
+
+def number(epsilon: ArrayLike) -> Any:
+    """As JSON holds it; a traced one as it is."""
+    return epsilon if isinstance(epsilon, jax.core.Tracer | float | int) else float(epsilon)
 
 
 def affine_init(num_features: int, *, use_bias: bool = True) -> dict[str, jax.Array]:
@@ -24,7 +40,7 @@ def affine(params: Mapping[str, jax.Array], x: Num[Array, "..."], dtype) -> Num[
 
 
 def standardize_examples(
-    x: Num[Array, "N ..."], epsilon: float, groups: int | None, mask: Bool[Array, "..."] | None
+    x: Num[Array, "N ..."], epsilon: ArrayLike, groups: int | None, mask: Bool[Array, "..."] | None
 ) -> Float[jax.Array, "N ..."]:
     """(x - mean) / sqrt(var + epsilon) of each example over all its entries, by `batch_norm.normalize`.
 
@@ -39,11 +55,12 @@ def standardize_examples(
     Raises:
       ValueError: if groups does not divide C, or an example has a single entry to standardize.
     """
+    x = as_float32(x)
     *rest, channels = x.shape
     if groups is not None and channels % groups:
         raise ValueError(f"group norm: the {channels} channels of x {x.shape} cannot be split into {groups} groups")
     apart = x.reshape(*rest, groups or 1, channels // (groups or 1))
-    if apart[0].size == (groups or 1):
+    if math.prod(apart.shape[1:]) == (groups or 1):
         raise ValueError(f"x {x.shape} has a single entry to standardize per example and group: its output would be 0")
     if mask is None:
         return batch_norm.normalize(apart, epsilon, (0, x.ndim - 1)).reshape(x.shape)

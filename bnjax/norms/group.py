@@ -6,7 +6,7 @@ One group is layer normalization, groups of one channel are instance normalizati
 paper's default is 32 groups, or 16 channels in each; Flax has 32 groups, PyTorch no default.
 """
 
-from numbers import Real
+from jax.typing import ArrayLike
 
 from bnjax import batch_norm, choices
 from bnjax.norms import common
@@ -14,7 +14,7 @@ from bnjax.theory import norm_growth
 from bnjax.types import Norm
 
 
-def group(*, group_size: int | None = None, num_groups: int | None = None, epsilon: Real = 1e-5) -> Norm:
+def group(*, group_size: int | None = None, num_groups: int | None = None, epsilon: ArrayLike = 1e-5) -> Norm:
     """Group normalization.
 
     Args:
@@ -28,7 +28,7 @@ def group(*, group_size: int | None = None, num_groups: int | None = None, epsil
     """
     batch_norm.check_epsilon(epsilon)
     if group_size is not None and num_groups is not None:
-        raise ValueError(f"exactly one of group_size and num_groups: got {group_size} and {num_groups}")
+        raise ValueError(f"at most one of group_size and num_groups: got {group_size} and {num_groups}")
     if group_size is None and num_groups is None:
         group_size = 16
     sizes = {"group_size": group_size} if num_groups is None else {"num_groups": num_groups}
@@ -53,6 +53,8 @@ def group(*, group_size: int | None = None, num_groups: int | None = None, epsil
         return common.affine(params, standard, x.dtype), stats
 
     def growth(activation, num_features=None, batch_size=None):
+        if num_features is None and group_size is None:
+            return None  # it is that of the layer's width over num_groups
         return norm_growth.growth("group", activation, num_features=num_features or group_size)
 
-    return Norm(init, apply, growth=growth, config={"norm": "group", **sizes, "epsilon": epsilon})
+    return Norm(init, apply, growth=growth, config={"norm": "group", **sizes, "epsilon": common.number(epsilon)})

@@ -8,7 +8,8 @@ position, as in Flax, in Transformers and in ConvNeXt. Scale and bias are one pe
 are 1e-6 and 1e-3; 1e-5 here is PyTorch's. Training and evaluation are the same.
 """
 
-from numbers import Real
+import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from bnjax import batch_norm
 from bnjax.norms import common
@@ -16,7 +17,7 @@ from bnjax.theory import norm_growth
 from bnjax.types import Norm
 
 
-def layer(*, epsilon: Real = 1e-5, per_position: bool = False) -> Norm:
+def layer(*, epsilon: ArrayLike = 1e-5, per_position: bool = False) -> Norm:
     """Layer normalization.
 
     Args:
@@ -33,8 +34,10 @@ def layer(*, epsilon: Real = 1e-5, per_position: bool = False) -> Norm:
 
     def apply(params, stats, x, *, train, mask=None):
         if per_position:
-            flat = common.standardize_examples(x.reshape(-1, x.shape[-1]), epsilon, None, None)
-            standard = flat.reshape(x.shape)
+            valid = common.valid_entries(mask, x)
+            flat = (x if valid is None else jnp.where(valid, x, 0)).reshape(-1, x.shape[-1])
+            standard = common.standardize_examples(flat, epsilon, None, None).reshape(x.shape)
+            standard = standard if valid is None else jnp.where(valid, standard, 0)
         else:
             standard = common.standardize_examples(x, epsilon, None, mask)
         return common.affine(params, standard, x.dtype), stats
@@ -42,5 +45,5 @@ def layer(*, epsilon: Real = 1e-5, per_position: bool = False) -> Norm:
     def growth(activation, num_features=None, batch_size=None):
         return norm_growth.growth("layer", activation, num_features=num_features)
 
-    config = {"norm": "layer", "epsilon": epsilon} | ({"per_position": True} if per_position else {})
+    config = {"norm": "layer", "epsilon": common.number(epsilon)} | ({"per_position": True} if per_position else {})
     return Norm(init, apply, growth=growth, config=config)

@@ -1,13 +1,14 @@
-"""Normalization by another spread than the deviation (Santurkar et al. 2018): a channel over the batch.
+"""Normalization of a channel over the batch by another spread than the deviation (Hoffer et al. 2018).
 
     y = scale (x - mean) / (spread + epsilon) + bias
 
     p = 1: spread = mean |x - mean|         p = infinity: spread = max |x - mean|       p = 2: the deviation
 
-over the N examples and the positions. Of a Gaussian channel the output's deviation is therefore not 1: it is
-sqrt(pi / 2) for p = 1 and about 1 / sqrt(2 ln N) for p = infinity. Hoffer et al. 2018 multiply by those factors
-(`gain`); behind ReLU the next norm cancels them, behind other activations they count. Epsilon is added to the spread,
-outside of any root. Running averages of mean and spread serve in evaluation, as in batch normalization.
+over the N examples and the positions. (Santurkar et al. 2018 divide by the norm before the mean is removed.) Of a
+Gaussian channel the output's deviation is therefore not 1: it is sqrt(pi / 2) for p = 1 and about 1 / sqrt(2 ln N) for
+p = infinity. Hoffer et al. multiply by the inverse of those factors (`gain`); behind ReLU the next norm cancels them,
+behind other activations they count. Epsilon is added to the spread, outside of any root. Running averages of mean and
+spread serve in evaluation, as in batch normalization.
 """
 
 import math
@@ -15,6 +16,7 @@ from numbers import Real
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 
 from bnjax import batch_norm
 from bnjax.norms import common
@@ -24,7 +26,7 @@ from bnjax.types import Norm
 NAMES = {1: "l1", 2: "l2", math.inf: "linf"}
 
 
-def lp(p: Real, *, gain: Real = 1.0, momentum: Real = 0.9, epsilon: Real = 1e-5) -> Norm:
+def lp(p: Real, *, gain: Real = 1.0, momentum: Real = 0.9, epsilon: ArrayLike = 1e-5) -> Norm:
     """Mean removed, divided by the spread of order p.
 
     Args:
@@ -39,8 +41,7 @@ def lp(p: Real, *, gain: Real = 1.0, momentum: Real = 0.9, epsilon: Real = 1e-5)
     if p not in NAMES:
         raise ValueError(f"p must be 1, 2 or infinity, got {p}")
     batch_norm.check_epsilon(epsilon)
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum (of the running statistics) must be in [0, 1], got {momentum}")
+    common.check_momentum(momentum, optional=False)
     if not 0 < gain < math.inf:
         raise ValueError(f"gain must be above 0 and finite, got {gain}")
 
@@ -51,12 +52,14 @@ def lp(p: Real, *, gain: Real = 1.0, momentum: Real = 0.9, epsilon: Real = 1e-5)
     def apply(params, stats, x, *, train, mask=None):
         wide = common.as_float32(x)
         if train:
-            unit, mean, centred, spread = _in_units(wide, p, mask)
-            if math.prod(x.shape[:-1]) > 1:  # one sample has no spread
-                stats = _averaged(stats, momentum, mean=mean * unit, spread=spread.reshape(-1) * unit)
+            unit, mean, centred, spread = _in_units(wide, p, mask, epsilon)
+            count = math.prod(x.shape[:-1]) if mask is None else jnp.broadcast_to(mask, (*x.shape[:-1], 1)).sum()
+            # One sample has a mean, and no spread.
+            new = {"mean": (mean * unit, count > 0), "spread": (spread.reshape(-1) * unit, count > 1)}
+            stats = {name: _averaged(stats[name], momentum, *one) for name, one in new.items()}
         else:
             unit, centred, spread = 1.0, wide - stats["mean"], stats["spread"].astype(wide.dtype)
-        below = spread + epsilon / unit
+        below = spread + epsilon * (1 / unit)
         y = centred * jnp.where(below > 0, gain / jnp.where(below > 0, below, 1), 0)
         if mask is not None:
             y = jnp.where(mask, y, 0)
@@ -66,17 +69,17 @@ def lp(p: Real, *, gain: Real = 1.0, momentum: Real = 0.9, epsilon: Real = 1e-5)
         scale = gain / lp_norms.gaussian_spread(p, batch_size)
         return lp_norms.lp(activation, p, batch_size, scale=scale).growth
 
-    config = {"norm": NAMES[p], "gain": gain, "epsilon": epsilon, "momentum": momentum}
+    config = {"norm": NAMES[p], "gain": gain, "epsilon": common.number(epsilon), "momentum": momentum}
     return Norm(init, apply, growth=growth, config=config)
 
 
-def _averaged(stats, momentum, **new):
-    """The running values, moved towards the new ones; constants to the derivative."""
-    moved = {name: momentum * stats[name] + (1 - momentum) * value for name, value in new.items()}
-    return {name: lax.stop_gradient(value).astype(stats[name].dtype) for name, value in moved.items()}
+def _averaged(old, momentum, new, enough):
+    """A running value, moved towards the new one where there is one; a constant to the derivative."""
+    moved = (momentum * old + (1 - momentum) * new).astype(old.dtype)
+    return lax.stop_gradient(jnp.where(enough, moved, old))
 
 
-def _in_units(x, p, mask):
+def _in_units(x, p, mask, epsilon):
     """A unit [C] in which x is at most 2, and in it mean [C], centred values and spread, over all axes but the last.
 
     The mean is taken twice: what rounding left in the first one is removed by the second.
@@ -84,8 +87,8 @@ def _in_units(x, p, mask):
     axes, valid = tuple(range(x.ndim - 1)), common.valid_entries(mask, x)
     if valid is not None:
         x = jnp.where(valid, x, 0)
-    unit = common.unit_of(jnp.abs(x).max(axes, initial=0))
-    scaled = x / unit
+    unit = common.unit_of(jnp.maximum(jnp.abs(x).max(axes, initial=0), epsilon))
+    scaled = x * (1 / unit)
     first = common.mean_over(scaled, axes, valid)
     rest = common.mean_over(scaled - first, axes, valid)
     centred = scaled - first - rest

@@ -6,9 +6,8 @@ over the M entries of one example, positions included (Flax and Transformers: of
 As in the paper there is no bias by default. Training and evaluation are the same.
 """
 
-from numbers import Real
-
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from bnjax import batch_norm
 from bnjax.norms import common
@@ -16,7 +15,7 @@ from bnjax.theory import norm_growth
 from bnjax.types import Norm
 
 
-def rms(*, epsilon: Real = 1e-5, use_bias: bool = False, per_position: bool = False) -> Norm:
+def rms(*, epsilon: ArrayLike = 1e-5, use_bias: bool = False, per_position: bool = False) -> Norm:
     """Root mean square normalization.
 
     Args:
@@ -48,6 +47,6 @@ def rms(*, epsilon: Real = 1e-5, use_bias: bool = False, per_position: bool = Fa
     def growth(activation, num_features=None, batch_size=None):
         return norm_growth.growth("rms", activation, num_features=num_features)
 
-    config = {"norm": "rms", "epsilon": epsilon}
+    config = {"norm": "rms", "epsilon": common.number(epsilon)}
     options = {"use_bias": use_bias, "per_position": per_position}
     return Norm(init, apply, growth=growth, config=config | {name: True for name, one in options.items() if one})

@@ -1,10 +1,11 @@
 """Weight standardization (Qiao et al. 2019) with the gain of Brock, De & Smith 2021.
 
-    w = scale gain (v - mean v) / (sqrt(fan_in var v + epsilon)), mean and variance over the fan_in weights of a unit
+    w = scale gain (v - mean v) / sqrt(max(fan_in var v, epsilon)), mean and variance over the fan_in weights of a unit
 
-so that a unit's weights have mean 0 and length gain. Qiao et al. leave out fan_in and the gain, and have a norm of
-activations behind it; Brock et al. divide by sqrt(fan_in) and choose the gain 1 / sqrt(Var phi(z)), z ~ N(0, 1), which
-keeps variance from layer to layer; their learnable scale is one per unit, as here.
+so that a unit's weights have mean 0 and, above the floor of epsilon, length gain. Qiao et al. leave out fan_in and the
+gain, and have a norm of activations behind it; Brock et al. divide by sqrt(fan_in) and choose the gain
+1 / sqrt(Var phi(z)), z ~ N(0, 1), which keeps variance from layer to layer; their learnable scale is one per unit, as
+here.
 """
 
 import functools
@@ -25,7 +26,8 @@ def weight_standardized(*, gain: Real | str = "relu", epsilon: Real = 1e-4) -> N
 
     Args:
       gain: a number above 0, or the name of an activation, for the gain that keeps its variance.
-      epsilon: added to fan_in times the variance of the weights, >= 0; as Brock et al. have it.
+      epsilon: a floor of fan_in times the variance of the weights, >= 0, as in the code of Brock et al. He's weights
+        are above it from an init_scale of sqrt(epsilon / 2) on.
 
     Raises:
       ValueError: for an unknown name or a value out of range.
@@ -40,16 +42,19 @@ def weight_standardized(*, gain: Real | str = "relu", epsilon: Real = 1e-4) -> N
 
     def kernel(params, kernel):
         fan_in = math.prod(kernel.shape[:-1])
-        standard = batch_norm.normalize(common.as_float32(kernel).reshape(fan_in, -1), epsilon / fan_in)
+        standard, inverse = batch_norm.standardize(common.as_float32(kernel).reshape(fan_in, -1), 0.0)
+        if epsilon > 0:
+            positive = inverse > 0
+            deviation = jnp.where(positive, 1 / jnp.where(positive, inverse, 1), 0)
+            standard = standard * jnp.minimum(1, deviation * math.sqrt(fan_in / epsilon))
         standard = standard * params["scale"] * (factor / math.sqrt(fan_in))
         return standard.reshape(kernel.shape).astype(kernel.dtype)
 
     def growth(activation, num_features=None, batch_size=None):
         return norm_growth.weight_standardized(activation, factor)
 
-    return Norm(
-        init, kernel=kernel, growth=growth, config={"norm": "weight_standardized", "gain": gain, "epsilon": epsilon}
-    )
+    config = {"norm": "weight_standardized", "gain": gain, "epsilon": common.number(epsilon)}
+    return Norm(init, kernel=kernel, growth=growth, config=config)
 
 
 @functools.cache

@@ -91,7 +91,8 @@ def gradient_growth(
       start: V of the first layer, where epsilon > 0. None: weight_std^2, that of inputs with unit variance.
       norm: before the activation: "batch", "layer", "group", "rms", "weight", "weight_standardized", "l1", "l2" (which
         is "batch"), "linf", "none", or an object whose attribute `growth` is a function (activation, num_features,
-        batch_size) -> float.
+        batch_size) -> float. By name, l1 and linf have the constants that make their spread 1 for a Gaussian,
+        weight_standardized the gain of the activation, and group infinite groups; a value of `bnjax.norms` has its own.
       num_features: normalized together: of "group", in infinitely many groups, at least 4; of "layer" and "rms" the
         width of the network, at least 16, to the order 1 / num_features. None: infinite.
 

@@ -9,8 +9,9 @@ D = diag psi'(y), psi(y) = phi(scale y + bias), and J the norm's Jacobian; W is 
 m features normalized together. The size of h and weight_std cancel wherever a norm divides by the spread of h.
 
 **Group normalization** (Wu & He 2018) of m features: h is Gaussian, so that its direction and its length are
-independent, y is uniform on a sphere of radius sqrt(d) in d = m - 1 dimensions and J = (I - 1 1^T/m - y y^T/m) / sigma
-with E[1 / sigma^2] = m / (d - 2) in units of 1 / E[h^2]. With y one coordinate of such a vector
+independent, y is uniform on a sphere of radius sqrt(m) in d = m - 1 dimensions and J = (I - 1 1^T/m - y y^T/m) / sigma
+with E[1 / sigma^2] = m / (d - 2) in units of 1 / E[h^2]. One coordinate y of it is one of a vector that is uniform on
+the sphere of radius sqrt(d) in d dimensions, and
 
     growth = E[(d - y^2) psi'(y)^2] / ((d - 2) E[psi(y)^2]),                                                       (1)
 

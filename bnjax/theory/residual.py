@@ -1,4 +1,4 @@
-"""Signals and gradients by depth in residual networks: polynomial with a norm, exponential without.
+"""Signals and gradients by depth in residual networks: polynomial with a norm, faster without.
 
 Pre-activation blocks x_{l+1} = x_l + alpha W phi(norm(x_l)), W_ij ~ N(0, weight_std^2 / n), no biases, epsilon 0, of
 infinite width n, x_0 Gaussian. Independent branches add their variances and squared gradients. With Delta the variance
@@ -22,7 +22,7 @@ Networks: On the Edge of Chaos". Norms of the kernel and no norm have, with q_0 
 
 s = weight_std, 1 with weight normalization; with weight standardization s is Brock et al.'s gain and the variance
 of phi stands for E[phi^2]. He's weights, ReLU and alpha = 1 double both in every block; with a bounded activation V_l
-grows like l.
+grows like l, and the gradient like exp(c sqrt(L)).
 
 alpha = 0 is the identity: SkipInit (De & Smith 2020) and Fixup (Zhang et al. 2019) at initialization.
 
