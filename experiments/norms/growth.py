@@ -93,8 +93,6 @@ class Settings:
 
 def norm_of(name: str, size: int, activation: str, **options: float) -> Norm:
     """The norm; where weights are standardized, it is with the gain of the activation."""
-    if name == "weight":
-        return norms.weight()
     own = {"group": {"group_size": size}, "weight_standardized": {"gain": activation}}
     return norms.get(name, **own.get(name, {}), **options)
 
