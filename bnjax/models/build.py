@@ -134,7 +134,8 @@ def build(forward: Callable[["Net", jax.Array], jax.Array], parts: Parts, config
         return net.params, net.batch_stats
 
     needed = parts.lsuv or any(one.prepare for one in parts.norms)
-    return Model(init, apply, layers, {**parts.config, **config}, prepare if needed else None)
+    words = {**config, **parts.config, **config}  # the network first, and last
+    return Model(init, apply, layers, words, prepare if needed else None)
 
 
 OUTPUT = "output"  # the last layer
