@@ -34,8 +34,14 @@ def shapes(tree):
     return jax.tree.map(lambda a: (a.shape, a.dtype), tree)
 
 
-@pytest.mark.parametrize("position", ["before_activation", "after_activation"])
-@pytest.mark.parametrize("norm", norms.NORMS)
+@pytest.mark.parametrize(
+    ("norm", "position"),
+    [
+        *((name, "before_activation") for name in norms.NORMS),
+        ("layer", "after_activation"),
+        *(pytest.param(name, "after_activation", marks=pytest.mark.slow) for name in norms.NORMS if name != "layer"),
+    ],
+)
 @pytest.mark.parametrize("family", SMALL)
 def test_every_norm_in_every_family(family, norm, position):
     """Traced only: outputs, a state that keeps its form, names that `layers` shows, kernels that are seen as such."""

@@ -110,7 +110,7 @@ def test_definition_and_derivative(name, shape):
     compare(name, *draw(shape), rtol=2e-6)
 
 
-@pytest.mark.parametrize("magnitude", [1e-30, 1e30])
+@pytest.mark.parametrize("magnitude", [1e-30, pytest.param(1e30, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_magnitudes(name, magnitude):
     x, cotangent = draw((6, 8))

@@ -134,7 +134,7 @@ def build(forward: Callable[["Net", jax.Array], jax.Array], parts: Parts, config
         return net.params, net.batch_stats
 
     needed = parts.lsuv or any(one.prepare for one in parts.norms)
-    words = {**config, **parts.config, **config}  # the network first, and last
+    words = {**config, **parts.config, **config}  # which the parts' must not replace
     return Model(init, apply, layers, words, prepare if needed else None)
 
 
