@@ -406,7 +406,7 @@ def check(model: Model, ds: Dataset, config: TrainConfig, extra: Mapping[str, An
     if model.prepare is not None:
         if config.batch_size < 2:
             raise ValueError("batch_size must be at least 2 for a network that its first batch prepares, got 1")
-        if not np.ptp(np.asarray(ds.train_x[: config.batch_size]), axis=0).any():
+        if (ds.train_x == ds.train_x[:1]).all():
             raise ValueError("train_x has examples that are all the same: no network can be prepared by them")
         x = jax.ShapeDtypeStruct((config.batch_size, *train), ds.train_x.dtype)
         drawn = jax.eval_shape(lambda: model.init(jax.random.key(0), train, 1.0))
