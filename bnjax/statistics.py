@@ -28,7 +28,7 @@ FAR = 2.0**60  # beside which the statistics of one batch are nothing, so that w
 def recompute_statistics(
     model: Any, params: PyTree, batch_stats: PyTree, x: Array, batch_size: int | None = None
 ) -> PyTree:
-    """The running statistics as the plain average over batches of x, at these weights.
+    """The running statistics as the plain average over batches of x, at these weights; not to be traced.
 
     Args:
       model: whatever `bnjax.as_model` takes, whose state is moved by training passes as at the top of this module, by
@@ -37,8 +37,6 @@ def recompute_statistics(
       batch_stats: its state. Only the structure counts, and what is no running value: counters and frozen kernels stay.
       x: examples [N, ...], in the order in which they are put into batches.
       batch_size: examples in a batch; those left at the end are dropped. None: all N, in one batch.
-
-    It is compiled itself, and cannot be traced.
 
     Returns:
       `batch_stats` with new running values: at `batch_size` None the batch statistics of x. In float32

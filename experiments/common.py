@@ -147,6 +147,13 @@ def parse_seeds(flag: str, text: str) -> list[int]:
     return list(seeds)
 
 
+def pooled(images: np.ndarray, side: int) -> np.ndarray:
+    """Means of images [N, H, W, C] over squares of `side` pixels a side, which divides both."""
+    n, height, width, channels = images.shape
+    squares = np.asarray(images).reshape(n, height // side, side, width // side, side, channels)
+    return squares.mean((2, 4))
+
+
 def check_writable(folder: Path) -> None:
     """Makes the folder, and raises OSError naming it if nothing can be written there; ValueError for a URL."""
     if re.match(r"\w{2,}:/", str(folder)):

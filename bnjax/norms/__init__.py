@@ -10,7 +10,7 @@
 | `layer` | an example's deviation over its features | Ba, Kiros & Hinton 2016 |
 | `group` | an example's deviation over a group of channels | Wu & He 2018 |
 | `rms` | an example's root mean square | Zhang & Sennrich 2019 |
-| `l1`, `linf` | a channel's mean or largest distance from its mean over the batch | Santurkar et al. 2018 |
+| `l1`, `linf` | a channel's mean or largest distance from its mean over the batch | Hoffer et al. 2018 |
 | `weight` | the length of a unit's weights | Salimans & Kingma 2016 |
 | `weight_standardized` | the deviation of a unit's weights | Qiao et al. 2019; Brock et al. 2021 |
 | `none` | nothing | |
@@ -18,6 +18,7 @@
 A norm of one's own is a `bnjax.types.Norm` as any of these.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -38,14 +39,6 @@ from bnjax.types import Norm
 __all__ = ["NORMS", "batch", "get", "group", "layer", "lp", "none", "rms", "weight", "weight_standardized"]
 
 
-def _l1(**options: Any) -> Norm:
-    return lp(1, **options)
-
-
-def _linf(**options: Any) -> Norm:
-    return lp(math.inf, **options)
-
-
 NORMS: Mapping[str, Callable[..., Norm]] = MappingProxyType(
     {
         "batch": batch,
@@ -53,8 +46,8 @@ NORMS: Mapping[str, Callable[..., Norm]] = MappingProxyType(
         "layer": layer,
         "group": group,
         "rms": rms,
-        "l1": _l1,
-        "linf": _linf,
+        "l1": functools.partial(lp, 1),
+        "linf": functools.partial(lp, math.inf),
         "weight": weight,
         "weight_standardized": weight_standardized,
     }
@@ -81,9 +74,7 @@ def get(norm: str | Norm, **options: Any) -> Norm:
             raise ValueError(f"prepare is for norms of kernels; {norm.config or norm} has no kernel")
         return norm
     make = choose("norm", norm, NORMS)
-    taken = inspect.signature({"l1": lp, "linf": lp}.get(norm, make)).parameters
-    if unknown := [name for name in options if name not in taken or name == "p"]:
-        raise ValueError(
-            f"norm {norm!r} takes {', '.join(n for n in taken if n != 'p') or 'no options'}; got {unknown}"
-        )
+    taken = inspect.signature(make).parameters
+    if unknown := [name for name in options if name not in taken]:
+        raise ValueError(f"norm {norm!r} takes {', '.join(taken) or 'no options'}; got {unknown}")
     return make(**options)

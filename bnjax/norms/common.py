@@ -49,16 +49,15 @@ def standardize_examples(
     Args:
       x: [N, ..., C].
       epsilon: added to the variance.
-      groups: G; each of C / G neighbouring channels is standardized by itself. None: all channels together.
+      groups: G, which divides C; each of C / G neighbouring channels is standardized by itself. None: all channels
+        together.
       mask: of valid positions, [N, ..., 1] or what broadcasts to it.
 
     Raises:
-      ValueError: if groups does not divide C, or an example has a single entry to standardize.
+      ValueError: if an example has a single entry to standardize.
     """
     x = as_float32(x)
     *rest, channels = x.shape
-    if groups is not None and channels % groups:
-        raise ValueError(f"group norm: the {channels} channels of x {x.shape} cannot be split into {groups} groups")
     apart = x.reshape(*rest, groups or 1, channels // (groups or 1))
     if math.prod(apart.shape[1:]) == (groups or 1):
         raise ValueError(f"x {x.shape} has a single entry to standardize per example and group: its output would be 0")

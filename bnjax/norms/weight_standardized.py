@@ -13,11 +13,10 @@ import math
 from numbers import Real
 
 import jax.numpy as jnp
-import numpy as np
 
 from bnjax import batch_norm
 from bnjax.norms import common
-from bnjax.theory import norm_growth, quadrature
+from bnjax.theory import norm_growth
 from bnjax.types import Norm
 
 
@@ -64,6 +63,4 @@ def gain_of(activation: str) -> float:
     Raises:
       ValueError: for an unknown name.
     """
-    psi = quadrature.on_batch(activation, None, 1.0, 0.0)
-    variance = quadrature.moments(psi, None, np.ones(1))[0, 0]
-    return float(1 / math.sqrt(variance))
+    return 1 / math.sqrt(norm_growth.layer("batch", activation).variance)

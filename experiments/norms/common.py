@@ -1,14 +1,15 @@
 """Networks of every family with every norm, and the images that they get."""
 
-import numpy as np
+from typing import Any
 
 import bnjax
 from bnjax import models
 from bnjax.types import Model
-from experiments.common import NORM_NAMES
+from experiments import common
+from experiments.settings import require
 
 GROUP_SIZE = 8
-NAMES = NORM_NAMES | {"group": f"GroupNorm of {GROUP_SIZE}"}
+NAMES = common.NORM_NAMES | {"group": f"GroupNorm of {GROUP_SIZE}"}
 # Networks without a norm that have something in its place: {name: (the arguments of the family, families)}.
 FAMILIES = ("mlp", "conv", "residual")
 INSTEAD = {
@@ -35,10 +36,12 @@ def network(family: str, norm: str, width: int, layers: int, **options: object) 
 
 def pooled(ds: bnjax.Dataset, side: int) -> bnjax.Dataset:
     """Images [N, H, W, C] as the means over squares of `side` pixels a side, standardized."""
+    splits = {name: common.pooled(getattr(ds, name), side) for name in ("train_x", "test_x")}
+    return bnjax.data.standardize(ds._replace(**splits))
 
-    def pool(images):
-        n, height, width, channels = images.shape
-        squares = np.asarray(images).reshape(n, height // side, side, width // side, side, channels)
-        return squares.mean((2, 4), dtype=np.float32)
 
-    return bnjax.data.standardize(ds._replace(train_x=pool(ds.train_x), test_x=pool(ds.test_x)))
+def check_groups(settings: Any, *fields: str) -> None:
+    """Raises `Refused` for a number of channels that GroupNorm, if it is among the norms, cannot split."""
+    for field in fields if "group" in settings.norms else ():
+        words = f"must be a multiple of {GROUP_SIZE} with GroupNorm, got {getattr(settings, field)}"
+        require(getattr(settings, field) % GROUP_SIZE == 0, field, words)

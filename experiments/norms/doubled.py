@@ -17,7 +17,7 @@ from bnjax import compilation, norms, plots
 from bnjax.findings import Check, Finding, number, spread
 from experiments.claim import Claim
 from experiments.common import parse_seeds
-from experiments.norms.common import FAMILIES, GROUP_SIZE, NAMES, network, pooled
+from experiments.norms.common import FAMILIES, NAMES, check_groups, network, pooled
 from experiments.settings import at_least, check_axis, require, setting
 from experiments.table import Table
 
@@ -46,9 +46,7 @@ class Settings:
             known = len({*names}) == len(names) > 0 and {*names} <= {*table}
             require(known, field, f"must be different ones of {', '.join(table)}, got {','.join(names)!r}")
         at_least(self, doubled_layers=2, doubled_width=1, doubled_channels=1, doubled_examples=4, pool=1)
-        for field in ("doubled_width", "doubled_channels") if "group" in self.norms else ():
-            words = f"must be a multiple of {GROUP_SIZE} with GroupNorm, got {getattr(self, field)}"
-            require(getattr(self, field) % GROUP_SIZE == 0, field, words)
+        check_groups(self, "doubled_width", "doubled_channels")
         check_axis(self, "doubled_seeds", "seed")
 
     def network(self, family: str, norm: str) -> bnjax.Model:

@@ -54,9 +54,7 @@ class Settings:
         require("batch" in self.norms, "norms", f"must have batch, to compare with; got {','.join(self.norms)}")
         at_least(self, layers=1, hidden_width=1, batch_size=2, steps=1, image_steps=1, image_batch_size=2, pool=1)
         at_least(self, channels=1)
-        for field in ("channels", "hidden_width") if "group" in self.norms else ():
-            words = f"must be a multiple of {common.GROUP_SIZE} with GroupNorm, got {getattr(self, field)}"
-            require(getattr(self, field) % common.GROUP_SIZE == 0, field, words)
+        common.check_groups(self, "channels", "hidden_width")
         require(len(self.init_scales) > 1, "init_scales", f"must be several, got {self.init_scales}")
         positive(self, "learning_rate")
         for field, axis in (("seeds", "seed"), ("init_scales", "init_scale"), ("rates", "learning_rate")):

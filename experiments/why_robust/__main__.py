@@ -24,7 +24,7 @@ from absl import app, flags
 
 import bnjax
 from bnjax import choices
-from experiments import claim, why_robust
+from experiments import claim, common, why_robust
 from experiments.why_robust.common import Settings
 
 FLAGS = flags.FLAGS
@@ -60,12 +60,11 @@ def data(settings: Sequence[Settings]) -> bnjax.Dataset:
 
 def pooled(images: np.ndarray) -> np.ndarray:
     """[N, H, W, C] -> [N, D]: the means over squares of --pool pixels a side."""
-    n, height, width, channels = images.shape
+    _, height, width, _ = images.shape
     side = FLAGS.pool
     if height % side or width % side:
         raise ValueError(f"--pool must divide the images' {height} x {width} pixels, got {side}")
-    squares = np.asarray(images).reshape(n, height // side, side, width // side, side, channels)
-    return squares.mean((2, 4)).reshape(n, -1)
+    return common.pooled(images, side).reshape(len(images), -1)
 
 
 main = claim.script("why_robust", why_robust.CLAIMS, data, flag="controls")
